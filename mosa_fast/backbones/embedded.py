@@ -1,0 +1,36 @@
+"""The embedded backbone: a timm VisionTransformer small enough to travel inside the package."""
+
+from __future__ import annotations
+
+from importlib.resources import as_file, files
+from typing import Any
+
+import timm
+from timm.models import VisionTransformer, load_checkpoint
+
+NAME = "embedded"  # what `model.name` calls it
+IMAGE_SIZE = 32
+
+
+def create_embedded(num_classes: int, *, pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """A ViT for 32 x 32 RGB images in about [-1, 1]: patch 4, width 192, depth 6, mean pooling (2.7 M weights).
+
+    Args:
+        num_classes: outputs of the (always freshly initialised) head.
+        pretrained: load the shipped weights, made by `mosa_fast.assets.pretrain` on generated drawings.
+        kwargs: further arguments of timm's VisionTransformer.
+    """
+    model = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=IMAGE_SIZE,
+        patch_size=4,
+        depth=6,
+        class_token=False,
+        global_pool="avg",
+        num_classes=num_classes,
+        **kwargs,
+    )
+    if pretrained:
+        with as_file(files("mosa_fast.assets") / "backbone.safetensors") as path:
+            load_checkpoint(model, str(path), strict=False)
+    return model
