@@ -1,0 +1,1 @@
+"""YAML recipes of `python -m mosa_fast.train --config`."""

@@ -1,0 +1,1 @@
+"""CUDA C++ sources of the fallback for Triton."""

@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers; nothing else imports Triton."""

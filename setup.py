@@ -1,0 +1,49 @@
+"""Packaging of mosa_fast; pyproject.toml configures the tools only."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+# Folders that live at the top of the repository and are installed inside the package: a top-level module called
+# `kernels` or `configs` would shadow other people's.
+MAPPED = {"mosa_fast.kernels": "kernels", "mosa_fast.configs": "configs", "mosa_fast.csrc": "csrc"}
+
+setup(
+    name="mosa_fast",
+    version="0.1.0",
+    description="Mixture of Sparse Adapters (MoSA) for vision transformers, fused and fast",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["mosa_fast", "mosa_fast.*"]), *MAPPED],
+    package_dir=MAPPED,
+    package_data={
+        "mosa_fast": ["py.typed"],
+        "mosa_fast.assets": ["*.safetensors", "*.npz", "*.log", "*.md"],
+        "mosa_fast.configs": ["*.yaml", "*/*.yaml", "*.md"],
+        "mosa_fast.csrc": ["*.cu", "*.cuh", "*.h", "*.cpp"],
+    },
+    install_requires=[
+        "jsonargparse[signatures]>=4.40",  # the command line: typed options, YAML, overrides
+        "matplotlib>=3.8",  # curves.png
+        "numpy>=1.26",
+        "safetensors>=0.5",  # adapter files
+        "timm>=1.0.20",  # the backbones
+        "torch>=2.9",
+        "torchvision>=0.24",  # transforms and data sets
+        "tqdm>=4.66",  # progress bar
+    ],
+    extras_require={
+        "test": ["hypothesis>=6.100", "pytest>=8", "pytest-benchmark>=5", "pytest-timeout>=2.3"],
+        "dev": ["build>=1.2", "mypy>=1.15", "ninja>=1.11", "pre-commit>=4", "ruff>=0.14"],
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
