@@ -156,6 +156,8 @@ class TrainConfig:
     """cpu, cuda, cuda:1 and so on; auto: a GPU where there is one."""
     eval_every: int = 1
     """Validate after every so many epochs, and after the last."""
+    test: bool = True
+    """Evaluate the test images, once, at the end; false leaves them unread, as in a search."""
 
     def __post_init__(self) -> None:
         for name, value, low in (

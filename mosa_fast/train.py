@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
             arguments = ["--config", str(embedded), *arguments]
         parsed = parser.parse_args(arguments)
     try:
-        values = parser.instantiate_classes(parsed).as_dict()
+        values = parser.instantiate(parsed).as_dict()
         values.pop("config")
         config = TrainConfig(**values)
         from mosa_fast.training.loop import train

@@ -6,9 +6,6 @@ and whatever timm can do with the model it still can.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from functools import cache
-
 import torch
 from timm.layers import DropPath, PatchDropout
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -130,10 +127,11 @@ def _is_random(module: nn.Module) -> bool:
     return False
 
 
-@cache
-def adapted_class(original: Hashable) -> type[AdaptedVisionTransformer]:
+_adapted_classes: dict[type, type] = {VisionTransformer: AdaptedVisionTransformer}
+
+
+def adapted_class(original: type) -> type[AdaptedVisionTransformer]:
     """The class that stands in for `original`, VisionTransformer or a subclass of it."""
-    assert isinstance(original, type)
-    if original is VisionTransformer:
-        return AdaptedVisionTransformer
-    return type(f"Adapted{original.__name__}", (AdaptedVisionTransformer, original), {})
+    if original not in _adapted_classes:
+        _adapted_classes[original] = type(f"Adapted{original.__name__}", (AdaptedVisionTransformer, original), {})
+    return _adapted_classes[original]

@@ -113,13 +113,16 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
     bar.close()
     train_seconds = time.perf_counter() - start
 
-    test_loader = loader(splits.test, train=False)
-    last_test = evaluate(model, test_loader, device)
-    load_trained_state(model, best["state"], "the selected epoch")
-    summary = {
-        "val_accuracy": best["val_accuracy"],
-        "test_accuracy": last_test if best["epoch"] == config.optim.epochs else evaluate(model, test_loader, device),
-        "last_test_accuracy": last_test,
+    summary: dict[str, Any] = {"val_accuracy": best["val_accuracy"]}
+    if config.test:
+        test_loader = loader(splits.test, train=False)
+        summary["last_test_accuracy"] = evaluate(model, test_loader, device)
+        load_trained_state(model, best["state"], "the selected epoch")
+        is_last = best["epoch"] == config.optim.epochs
+        summary["test_accuracy"] = summary["last_test_accuracy"] if is_last else evaluate(model, test_loader, device)
+    else:
+        load_trained_state(model, best["state"], "the selected epoch")
+    summary |= {
         "selected_epoch": best["epoch"],
         "epochs": config.optim.epochs,
         "steps": step,
@@ -182,16 +185,16 @@ def _snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 def _closing_table(summary: dict[str, Any], weights_file: Path) -> str:
     out = weights_file.parent
-    return format_table(
-        [
-            ("validation accuracy", f"{summary['val_accuracy']:.2f} %  (epoch {summary['selected_epoch']})"),
-            ("test accuracy", f"{summary['test_accuracy']:.2f} %"),
-            ("test accuracy, last epoch", f"{summary['last_test_accuracy']:.2f} %"),
-            ("trained weights", f"{summary['trained_weights']:,} + head {summary['head_weights']:,}"),
-            ("time", f"{summary['seconds']:.0f} s, {summary['steps']} steps on {summary['device']}"),
-            ("weights", str(weights_file)),
-            ("metrics", str(out / "metrics.jsonl")),
-            ("summary", str(out / "summary.json")),
-            ("curves", str(out / "curves.png")),
-        ]
-    )
+    rows = [("validation accuracy", f"{summary['val_accuracy']:.2f} %  (epoch {summary['selected_epoch']})")]
+    if "test_accuracy" in summary:
+        rows.append(("test accuracy", f"{summary['test_accuracy']:.2f} %"))
+        rows.append(("test accuracy, last epoch", f"{summary['last_test_accuracy']:.2f} %"))
+    rows += [
+        ("trained weights", f"{summary['trained_weights']:,} + head {summary['head_weights']:,}"),
+        ("time", f"{summary['seconds']:.0f} s, {summary['steps']} steps on {summary['device']}"),
+        ("weights", str(weights_file)),
+        ("metrics", str(out / "metrics.jsonl")),
+        ("summary", str(out / "summary.json")),
+        ("curves", str(out / "curves.png")),
+    ]
+    return format_table(rows)

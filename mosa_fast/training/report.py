@@ -64,9 +64,10 @@ def plot_curves(path: Path, rows: list[dict[str, Any]], summary: dict[str, Any])
         label="validation, merged",
     )
     accuracy_axes.axvline(summary["selected_epoch"], color="black", linewidth=0.8, linestyle=":")
-    accuracy_axes.axhline(
-        summary["test_accuracy"], color="tab:green", linewidth=0.8, linestyle="--", label="test, selected epoch"
-    )
+    if "test_accuracy" in summary:
+        accuracy_axes.axhline(
+            summary["test_accuracy"], color="tab:green", linewidth=0.8, linestyle="--", label="test, selected epoch"
+        )
     accuracy_axes.set(xlabel="epoch", ylabel="accuracy, %")
     accuracy_axes.legend(loc="lower right", fontsize="small")
     figure.savefig(path, dpi=120)
