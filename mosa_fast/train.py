@@ -10,23 +10,32 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from mosa_fast.config import TrainConfig
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line and run; a user's mistake is one line on standard error and exit code 2."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+def main() -> None:
+    """Train as the command line says; a user's mistake is one line on standard error and exit code 2."""
+    try:
+        config = make_config(sys.argv[1:])
+        from mosa_fast.training.loop import train
+
+        train(config)
+    except ValueError as error:
+        make_parser().error(str(error))
+
+
+def make_config(arguments: list[str]) -> TrainConfig:
+    """The run that a command line describes; the embedded default where it names neither a recipe nor data.
+
+    Raises:
+        ValueError: a value is out of range.
+        SystemExit: an option does not exist or cannot be parsed.
+    """
     parser = make_parser()
     with as_file(files("mosa_fast.configs") / "digits.yaml") as embedded:
         if not any(argument.split("=")[0] in ("--config", "--data.name") for argument in arguments):
             arguments = ["--config", str(embedded), *arguments]
         parsed = parser.parse_args(arguments)
-    try:
-        values = parser.instantiate(parsed).as_dict()
-        values.pop("config")
-        config = TrainConfig(**values)
-        from mosa_fast.training.loop import train
-
-        train(config)
-    except ValueError as error:
-        parser.error(str(error))
+    values = parser.instantiate(parsed).as_dict()
+    values.pop("config")
+    return TrainConfig(**values)
 
 
 def make_parser() -> ArgumentParser:
