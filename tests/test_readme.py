@@ -1,0 +1,35 @@
+"""The README says what the files say."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_the_table_is_that_of_the_results():
+    from benchmarks.digits import RESULTS, markdown
+
+    assert markdown(json.loads(RESULTS.read_text())) in README.read_text()
+
+
+def test_the_code_example_runs(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    # Only the size of the model is changed: nothing is downloaded, and the example takes a second.
+    code = code.replace(
+        '"vit_base_patch16_224.augreg_in21k", pretrained=True', '"vit_tiny_patch16_224", depth=2, pretrained=False'
+    )
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(code, scope)
+    assert scope["logits"].shape == (8, 200)
+    assert isinstance(scope["y"], torch.Tensor)
+    assert (tmp_path / "cub.safetensors").is_file()
+
+
+def test_linked_files_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README.read_text()):
+        if not target.startswith("http"):
+            assert (README.parent / target).is_file(), target
