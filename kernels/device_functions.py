@@ -16,12 +16,15 @@ INVERSE_SQRT_TWO_PI = tl.constexpr(0.3989422804014327)  # the normal density at 
 
 
 @triton.jit
-def load_tile(pointers, mask, EVEN: tl.constexpr):
-    """Masked load, without the mask where the tile is known to lie inside: whole 16-byte vectors, no predicates."""
+def load_tile(pointers, mask, EVEN: tl.constexpr, EVICTION: tl.constexpr = ""):
+    """Masked load, without the mask where the tile is known to lie inside: whole 16-byte vectors, no predicates.
+
+    EVICTION: what the L2 cache is told: "evict_last" (it will be read again), "evict_first" (it will not), or "".
+    """
     if EVEN:
-        tile = tl.load(pointers)
+        tile = tl.load(pointers, eviction_policy=EVICTION)
     else:
-        tile = tl.load(pointers, mask=mask, other=0)
+        tile = tl.load(pointers, mask=mask, other=0, eviction_policy=EVICTION)
     return tile
 
 

@@ -13,8 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mosa_fast.kernels import tuning
-from mosa_fast.kernels.launch import empty, launch
+from mosa_fast.kernels import launching, tuning
 from mosa_fast.kernels.problem import Problem
 from mosa_fast.kernels.sparse_adapter_bwd_input import sparse_adapter_bwd_input_kernel
 from mosa_fast.kernels.sparse_adapter_bwd_weight import (
@@ -78,12 +77,12 @@ def sparse_adapter_bwd(
     device = p.x.device
 
     def like(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else empty(tuple(tensor.shape), tensor.dtype, device)
+        return None if tensor is None else launching.empty(tuple(tensor.shape), tensor.dtype, device)
 
     parameters = ("norm_weight", "norm_bias", "down_weight", "down_bias", "up_weight", "up_bias")
     gradients = Gradients(
         x=like(p.x) if need_x else None,
-        skip=None if skip_dtype is None else empty(tuple(p.x.shape), skip_dtype, device),
+        skip=None if skip_dtype is None else launching.empty(tuple(p.x.shape), skip_dtype, device),
         scale=like(p.scale_tensor) if need_scale else None,
         **{name: like(getattr(p, name)) for name in parameters if need_parameters},
     )
@@ -93,8 +92,8 @@ def sparse_adapter_bwd(
                 gradient.zero_()
         return gradients
 
-    hidden = empty((p.out_rows, p.bottleneck), p.product_dtype, device)
-    grad_pre = empty((p.out_rows, p.bottleneck), p.product_dtype, device)
+    hidden = launching.empty((p.out_rows, p.bottleneck), p.product_dtype, device)
+    grad_pre = launching.empty((p.out_rows, p.bottleneck), p.product_dtype, device)
     scale_partial = _input_gradients(p, grad_out, stats, pre, vectors, hidden, grad_pre, gradients)
     if need_parameters or need_scale:
         _parameter_gradients(p, grad_out, stats, hidden, grad_pre, scale_partial, gradients)
@@ -117,10 +116,10 @@ def _input_gradients(
         return triton.cdiv(p.rows_per_group, tile.rows) * (1 if p.fork else p.groups)
 
     def partial(tile: tuning.Tile) -> Tensor | None:
-        return None if gradients.scale is None else empty((programs(tile),), torch.float32, p.x.device)
+        return None if gradients.scale is None else launching.empty((programs(tile),), torch.float32, p.x.device)
 
     def run(tile: tuning.Tile, scale_partial: Tensor | None = None) -> None:
-        launch(
+        launching.launch(
             sparse_adapter_bwd_input_kernel,
             (programs(tile),),
             tile,
@@ -163,11 +162,11 @@ def _parameter_gradients(
     def run(tile: tuning.Tile) -> tuple[Split, Tensor, Tensor, Tensor]:
         split = split_tokens(p, tile)
         segments = p.groups * split.pieces
-        partial = empty((split.slices, 2 * p.width * p.bottleneck + 2 * p.width), torch.float32, device)
-        up_sums = empty((segments, p.width), torch.float32, device)
-        down_sums = empty((segments, p.bottleneck), torch.float32, device)
+        partial = launching.empty((split.slices, 2 * p.width * p.bottleneck + 2 * p.width), torch.float32, device)
+        up_sums = launching.empty((segments, p.width), torch.float32, device)
+        down_sums = launching.empty((segments, p.bottleneck), torch.float32, device)
         wanted = set(sparse_adapter_bwd_weight_kernel.arg_names)
-        launch(
+        launching.launch(
             sparse_adapter_bwd_weight_kernel,
             (split.slices * triton.cdiv(p.width, tile.columns),),
             tile,
@@ -183,6 +182,7 @@ def _parameter_gradients(
             pieces=split.pieces,
             piece_rows=split.piece_rows,
             segments_per_slice=split.segments_per_slice,
+            ACCUMULATE=split.segments_per_slice > 1,
             BLOCK_ROWS=tile.rows,
             BLOCK_COLUMNS=tile.columns,
             BLOCK_BOTTLENECK=p.block_bottleneck,
@@ -190,7 +190,7 @@ def _parameter_gradients(
         return split, partial, up_sums, down_sums
 
     split, partial, up_sums, down_sums = run(tuning.choose("backward_weight", p, run))
-    launch(
+    launching.launch(
         sum_slices_kernel,
         (triton.cdiv(partial.shape[1], SUM_TILE.columns),),
         SUM_TILE,
@@ -205,7 +205,7 @@ def _parameter_gradients(
         **width,
     )
     blocks = triton.cdiv(p.width, BIAS_TILE.columns) + triton.cdiv(p.bottleneck, BIAS_TILE.columns)
-    launch(
+    launching.launch(
         sum_segments_kernel,
         (blocks + (gradients.scale is not None),),
         BIAS_TILE,
@@ -230,17 +230,19 @@ def _parameter_gradients(
     )
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side, at one a multiprocessor."""
+    if device.type != "cuda":
+        return INTERPRETER_PROGRAMS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def split_tokens(p: Problem, tile: tuning.Tile) -> Split:
     """Cut the tokens so that slices times column blocks fill the chip once (or each group is a piece, if V is large).
 
     A piece is a whole number of row blocks, so that only a group's last block has rows missing.
     """
-    device = p.x.device
-    if device.type == "cuda":
-        programs = torch.cuda.get_device_properties(device).multi_processor_count
-    else:
-        programs = INTERPRETER_PROGRAMS
-    wanted = max(1, programs // triton.cdiv(p.width, tile.columns))
+    wanted = max(1, multiprocessors(p.x.device) // triton.cdiv(p.width, tile.columns))
     blocks = triton.cdiv(p.rows_per_group, tile.rows)
     pieces = min(blocks, max(1, wanted // p.groups))
     piece_rows = triton.cdiv(blocks, pieces) * tile.rows

@@ -79,7 +79,8 @@ def backward_hidden(
     for start in range(0, WIDTH, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         column_valid = columns < WIDTH
-        grad = load_tile(grad_rows + columns[None, :], column_valid[None, :], EVEN_COLUMNS)
+        # Kept in L2 for the second pass.
+        grad = load_tile(grad_rows + columns[None, :], column_valid[None, :], EVEN_COLUMNS, "evict_last")
         weight = weight_tile(
             up_weight_ptr,
             None,
@@ -92,7 +93,7 @@ def backward_hidden(
         )
         grad_hidden = tl.dot(grad.to(PRODUCT), weight.to(PRODUCT), grad_hidden, input_precision=PRECISION)
         if SCALE_GRAD:
-            bias = bias_vector(
+            up_bias = bias_vector(
                 up_bias_ptr,
                 columns,
                 column_valid,
@@ -102,7 +103,7 @@ def backward_hidden(
                 UP_EXPERTS,
                 up_owner_ptr is not None,
             )
-            scale_rows += tl.sum(grad.to(tl.float32) * bias[None, :], axis=1)
+            scale_rows += tl.sum(grad.to(tl.float32) * up_bias[None, :], axis=1)
 
     tile = out_rows[:, None] * BOTTLENECK + ranks[None, :]
     tile_valid = row_valid[:, None] & rank_valid[None, :]
@@ -244,29 +245,44 @@ def sparse_adapter_bwd_input_kernel(
         if FORK:
             tl.debug_barrier()  # the groups' t, written above, are read again below by other threads
         grad_pre_tile = grad_pre.to(PRODUCT)
+        # What one group alone reads is read one block ahead, so that memory is busy during this block's product.
+        NEED_X: tl.constexpr = norm_weight_ptr is not None and grad_x_ptr is not None
+        NEED_DIRECT: tl.constexpr = ADD_INPUT or grad_skip_ptr is not None
+        x_rows = x_ptr + in_rows[:, None] * WIDTH
+        columns = tl.arange(0, BLOCK_COLUMNS)
+        if NEED_X:
+            next_x = load_tile(x_rows + columns[None, :], columns[None, :] < WIDTH, EVEN_COLUMNS)
+        if NEED_DIRECT and not FORK:
+            grad_rows = grad_ptr + in_rows[:, None] * WIDTH
+            next_grad = load_tile(grad_rows + columns[None, :], columns[None, :] < WIDTH, EVEN_COLUMNS)
         for start in range(0, WIDTH, BLOCK_COLUMNS):
             columns = start + tl.arange(0, BLOCK_COLUMNS)
             column_valid = columns < WIDTH
+            ahead = (columns + BLOCK_COLUMNS)[None, :]
             tile = in_rows[:, None] * WIDTH + columns[None, :]
             tile_valid = row_valid[:, None] & column_valid[None, :]
-            if norm_weight_ptr is not None and grad_x_ptr is not None:
-                x = load_tile(x_ptr + tile, column_valid[None, :], EVEN_COLUMNS).to(tl.float32)
+            if NEED_X:
+                x = next_x
+                next_x = load_tile(x_rows + ahead, ahead < WIDTH, False)
+            if NEED_DIRECT:
+                if FORK:
+                    direct = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)  # sum of y over the groups
+                else:
+                    direct = next_grad
+                    next_grad = load_tile(grad_rows + ahead, ahead < WIDTH, False)
+            if norm_weight_ptr is not None:
                 norm_weight = load_tile(norm_weight_ptr + columns, column_valid, EVEN_COLUMNS).to(tl.float32)
-            direct = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)  # sum of y over the groups
             grad_normed = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)  # dn
             for index in range(groups_here):
                 group = first_group + index
-                out_rows = group.to(tl.int64) * rows_per_group + rows
-                if ADD_INPUT or grad_skip_ptr is not None:
-                    grad_tile = grad_ptr + out_rows[:, None] * WIDTH + columns[None, :]
-                    direct += load_tile(grad_tile, column_valid[None, :], EVEN_COLUMNS).to(tl.float32)
+                if FORK:
+                    out_rows = group.to(tl.int64) * rows_per_group + rows
+                    if NEED_DIRECT:
+                        grad_tile = grad_ptr + out_rows[:, None] * WIDTH + columns[None, :]
+                        direct += load_tile(grad_tile, column_valid[None, :], EVEN_COLUMNS).to(tl.float32)
+                    grad_pre_rows = grad_pre_ptr + out_rows[:, None] * BOTTLENECK + ranks[None, :]
+                    grad_pre_tile = tl.load(grad_pre_rows, mask=rank_valid[None, :], other=0.0)
                 if grad_x_ptr is not None:
-                    if FORK:
-                        grad_pre_tile = tl.load(
-                            grad_pre_ptr + out_rows[:, None] * BOTTLENECK + ranks[None, :],
-                            mask=rank_valid[None, :],
-                            other=0.0,
-                        )
                     weight = weight_tile(
                         down_weight_ptr,
                         down_init_ptr,
@@ -285,9 +301,9 @@ def sparse_adapter_bwd_input_kernel(
             if grad_x_ptr is not None:
                 grad_x = grad_normed
                 if norm_weight_ptr is not None:
-                    normed = (x - mean[:, None]) * rstd[:, None]
+                    normed = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
                     grad_x = grad_x - grad_mean[:, None] - normed * grad_product_mean[:, None]
                     grad_x *= rstd[:, None]
                 if ADD_INPUT:
-                    grad_x += direct
+                    grad_x += direct.to(tl.float32)
                 tl.store(grad_x_ptr + tile, grad_x.to(grad_x_ptr.dtype.element_ty), mask=tile_valid)

@@ -60,6 +60,7 @@ def sparse_adapter_bwd_weight_kernel(
     FORK: tl.constexpr,
     PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_BOTTLENECK: tl.constexpr,
@@ -67,7 +68,7 @@ def sparse_adapter_bwd_weight_kernel(
     """One program: one slice and BLOCK_COLUMNS columns, BLOCK_ROWS tokens at a time.
 
     Segment i is piece i % pieces, of piece_rows rows, of group i // pieces. partial: float32
-    `[S, 2 D r + 2 D]`: dU, dW, dg, db. up_sums: float32 `[segments, D]`, sum y. down_sums: `[segments, r]`, sum t.
+    `[S, 2 D r + 2 D]`: dU, dW, dg, db. ACCUMULATE: a slice may have several segments. up_sums: float32 `[segments, D]`, sum y. down_sums: `[segments, r]`, sum t.
     """
     COLUMN_BLOCKS: tl.constexpr = triton.cdiv(WIDTH, BLOCK_COLUMNS)
     EVEN_COLUMNS: tl.constexpr = WIDTH % BLOCK_COLUMNS == 0
@@ -135,12 +136,14 @@ def sparse_adapter_bwd_weight_kernel(
 
         # What this segment's group owns of its products goes to the slice: stored first, added to later.
         later = index > 0
-        tl.debug_barrier()  # what another thread stored for the segment before is read below
+        if ACCUMULATE:
+            tl.debug_barrier()  # what another thread stored for the segment before is read below
         up *= scale
         if up_owner_ptr is not None:
             owner = load_tile(up_owner_ptr + up_offsets, up_valid, EVEN_WEIGHTS)
             up *= owned_share(owner, tl.load(experts_ptr + 2 * group + 1), 1.0 / UP_EXPERTS)
-        up += tl.load(up_partial + up_offsets, mask=up_valid & later, other=0.0)
+        if ACCUMULATE:
+            up += tl.load(up_partial + up_offsets, mask=up_valid & later, other=0.0)
         tl.store(up_partial + up_offsets, up, mask=up_valid)
 
         product = tl.trans(down)  # Q
@@ -160,16 +163,18 @@ def sparse_adapter_bwd_weight_kernel(
             )
             grad_norm_weight = tl.sum(weight * product, axis=0)
             grad_norm_bias = tl.sum(weight * grad_bias[:, None], axis=0)
-            norm_valid = column_valid & later
-            grad_norm_weight += tl.load(norm_partial + columns, mask=norm_valid, other=0.0)
-            grad_norm_bias += tl.load(norm_partial + WIDTH + columns, mask=norm_valid, other=0.0)
+            if ACCUMULATE:
+                norm_valid = column_valid & later
+                grad_norm_weight += tl.load(norm_partial + columns, mask=norm_valid, other=0.0)
+                grad_norm_bias += tl.load(norm_partial + WIDTH + columns, mask=norm_valid, other=0.0)
             tl.store(norm_partial + columns, grad_norm_weight, mask=column_valid)
             tl.store(norm_partial + WIDTH + columns, grad_norm_bias, mask=column_valid)
             product = product * norm_weight[None, :] + grad_bias[:, None] * norm_bias[None, :]
         if down_owner_ptr is not None:
             owner = load_tile(down_owner_ptr + down_offsets, down_valid, EVEN_WEIGHTS)
             product *= owned_share(owner, down_expert, 1.0 / DOWN_EXPERTS)
-        product += tl.load(down_partial + down_offsets, mask=down_valid & later, other=0.0)
+        if ACCUMULATE:
+            product += tl.load(down_partial + down_offsets, mask=down_valid & later, other=0.0)
         tl.store(down_partial + down_offsets, product, mask=down_valid)
 
 

@@ -30,9 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mosa_fast.kernels import tuning
+from mosa_fast.kernels import launching, tuning
 from mosa_fast.kernels.device_functions import activate, bias_vector, dropout_factor, load_tile, weight_tile
-from mosa_fast.kernels.launch import empty, launch
 from mosa_fast.kernels.problem import Problem
 
 
@@ -109,7 +108,9 @@ def sparse_adapter_fwd_kernel(
     for start in range(0, WIDTH, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         column_valid = columns < WIDTH
-        x = load_tile(x_rows + columns[None, :], column_valid[None, :], EVEN_COLUMNS).to(tl.float32)
+        # Kept in L2 for the second pass, if there is one.
+        EVICTION: tl.constexpr = "evict_last" if ADD_INPUT else "evict_first"
+        x = load_tile(x_rows + columns[None, :], column_valid[None, :], EVEN_COLUMNS, EVICTION).to(tl.float32)
         weight = weight_tile(
             down_weight_ptr,
             down_init_ptr,
@@ -170,15 +171,23 @@ def sparse_adapter_fwd_kernel(
     # Pass 2: back to D columns.
     if scale_ptr is not None:
         scale = tl.load(scale_ptr).to(tl.float32)
+    # x and skip are read one block ahead, so that memory is busy while the product of this block is computed.
+    columns = tl.arange(0, BLOCK_COLUMNS)
+    if ADD_INPUT:
+        next_x = load_tile(x_rows + columns[None, :], columns[None, :] < WIDTH, EVEN_COLUMNS, "evict_first")
+    if skip_ptr is not None:
+        skip_rows = skip_ptr + in_rows[:, None] * WIDTH
+        next_skip = load_tile(skip_rows + columns[None, :], columns[None, :] < WIDTH, EVEN_COLUMNS, "evict_first")
     for start in range(0, WIDTH, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         column_valid = columns < WIDTH
-        # First the loads that wait for memory, then the product they hide behind.
+        ahead = (columns + BLOCK_COLUMNS)[None, :]
         if ADD_INPUT:
-            x = load_tile(x_rows + columns[None, :], column_valid[None, :], EVEN_COLUMNS)
+            x = next_x
+            next_x = load_tile(x_rows + ahead, ahead < WIDTH, False, "evict_first")
         if skip_ptr is not None:
-            skip_rows = skip_ptr + in_rows[:, None] * WIDTH
-            skip = load_tile(skip_rows + columns[None, :], column_valid[None, :], EVEN_COLUMNS)
+            skip = next_skip
+            next_skip = load_tile(skip_rows + ahead, ahead < WIDTH, False, "evict_first")
         weight = weight_tile(
             up_weight_ptr,
             None,
@@ -190,7 +199,7 @@ def sparse_adapter_fwd_kernel(
             EVEN_WEIGHTS,
         )
         update = tl.dot(hidden, tl.trans(weight.to(PRODUCT)), input_precision=PRECISION)
-        bias = bias_vector(
+        up_bias = bias_vector(
             up_bias_ptr,
             columns,
             column_valid,
@@ -200,7 +209,7 @@ def sparse_adapter_fwd_kernel(
             UP_EXPERTS,
             up_owner_ptr is not None,
         )
-        update = (update + bias[None, :]) * scale
+        update = (update + up_bias[None, :]) * scale
         if ADD_INPUT:
             update += x.to(tl.float32)
         if skip_ptr is not None:
@@ -227,14 +236,14 @@ def sparse_adapter_fwd(problem: Problem, skip: Tensor | None, save: bool) -> tup
     rows, width, bottleneck = p.out_rows, p.width, p.bottleneck
     out_dtype = p.x.dtype if skip is None else p.promoted(skip)
     device = p.x.device
-    out = empty((rows, width), out_dtype, device)
-    stats = empty((p.in_rows if save and p.norm_weight is not None else 0, 2), p.sum_dtype, device)
-    pre = empty((rows if save else 0, bottleneck), p.product_dtype, device)
-    vectors = empty((p.groups if save else 0, 2, bottleneck), p.sum_dtype, device)
+    out = launching.empty((rows, width), out_dtype, device)
+    stats = launching.empty((p.in_rows if save and p.norm_weight is not None else 0, 2), p.sum_dtype, device)
+    pre = launching.empty((rows if save else 0, bottleneck), p.product_dtype, device)
+    vectors = launching.empty((p.groups if save else 0, 2, bottleneck), p.sum_dtype, device)
     if rows:
 
         def run(tile: tuning.Tile) -> None:
-            launch(
+            launching.launch(
                 sparse_adapter_fwd_kernel,
                 (triton.cdiv(p.rows_per_group, tile.rows) * p.groups,),
                 tile,

@@ -34,6 +34,12 @@ class Tile:
     columns: int
     warps: int = 4
     stages: int = 2
+    registers: int | None = None  # a cap for each thread, for more programs on a multiprocessor; None: the compiler's
+
+    def options(self) -> dict[str, int]:
+        """The compiler's options."""
+        cap = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **cap}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from mosa_fast.kernels.tuning import Tile
 def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, **arguments: Any) -> None:
     """Launch a Triton kernel with the tile's warps and stages; an empty grid launches nothing."""
     if all(grid):
-        kernel[grid](**arguments, num_warps=tile.warps, num_stages=tile.stages)
+        kernel[grid](**arguments, **tile.options())
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
