@@ -51,22 +51,105 @@ class Key:
     bottleneck: int
     dtype: torch.dtype
     architecture: str
+    input_dtype: torch.dtype
+    fork: bool = False
 
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.kernel}/D{self.width}/r{self.bottleneck}/{dtype}/{self.architecture}"
+        dtypes = "-".join(str(dtype).removeprefix("torch.") for dtype in (self.input_dtype, self.dtype))
+        fork = "/fork" if self.fork else ""
+        return f"{self.kernel}/D{self.width}/r{self.bottleneck}/{dtypes}/{self.architecture}{fork}"
 
 
-# What differs from the default, found by search on the chip it names. Empty until a GPU has been measured.
+# By (D, r, dtype, architecture): what a search found better than the default on the chip. Empty until one was measured.
 TABLE: dict[Key, Tile] = {}
+
+# By kernel and kind of call, then by bytes of a product's element and r padded to a power of two, at least 64. These are
+# the largest tiles found that compile without spills for sm_80 and sm_90 with every option on; no clock has seen them.
+# Large, since each program reads all weights again: at 128 rows of D = 768 in bfloat16 they are 0.4 MB from L2 beside
+# 0.6 MB of activations. One program of 8 warps a multiprocessor then hides memory behind its pipeline. Exact float32
+# products run without tensor cores and want small tiles.
+TILES: dict[tuple[str, str], dict[tuple[int, int], Tile]] = {
+    ("forward", "plain"): {
+        (2, 64): Tile(128, 64, 8, 3),
+        (2, 128): Tile(128, 32, 8, 2),
+        (2, 256): Tile(64, 32, 8, 2),
+        (4, 64): Tile(32, 32, 4, 2),
+        (4, 128): Tile(32, 16, 8, 2),
+        (4, 256): Tile(32, 16, 8, 2),
+    },
+    ("backward_input", "plain"): {
+        (2, 64): Tile(128, 64, 8, 3),
+        (2, 128): Tile(64, 64, 8, 2),
+        (2, 256): Tile(32, 32, 8, 2),
+        (4, 64): Tile(32, 16, 4, 2),
+        (4, 128): Tile(16, 16, 8, 2),
+        (4, 256): Tile(16, 16, 8, 2),
+    },
+    ("backward_weight", "plain"): {
+        (2, 64): Tile(32, 128, 8, 3),
+        (2, 128): Tile(32, 64, 8, 3),
+        (2, 256): Tile(32, 32, 8, 2),
+        (4, 64): Tile(32, 64, 8, 2),
+        (4, 128): Tile(16, 32, 8, 2),
+        (4, 256): Tile(16, 16, 8, 2),
+    },
+    # x is wider than the products: timm's residual stream under autocast. A line of 128 bytes is 32 columns.
+    ("forward", "autocast"): {(2, 64): Tile(128, 32, 8, 3)},
+    ("backward_input", "autocast"): {(2, 64): Tile(128, 32, 8, 3)},
+    ("backward_weight", "autocast"): {(2, 128): Tile(16, 64, 8, 3)},
+    # A fork loops over its groups, which takes registers.
+    ("forward", "fork"): {(4, 64): Tile(16, 32, 4, 2)},
+    ("backward_input", "fork"): {
+        (2, 64): Tile(64, 64, 8, 2),
+        (2, 128): Tile(64, 32, 8, 2),
+        (2, 256): Tile(32, 16, 8, 2),
+    },
+    # D or r is no multiple of 16 bytes: no vector loads, an address for every element.
+    ("forward", "ragged"): {
+        (2, 64): Tile(32, 32, 8, 2),
+        (2, 128): Tile(32, 16, 8, 1),
+        (2, 256): Tile(32, 16, 8, 1),
+        (4, 64): Tile(16, 32, 4, 1),
+        (4, 128): Tile(16, 16, 8, 1),
+        (4, 256): Tile(16, 16, 8, 1),
+    },
+    ("backward_input", "ragged"): {
+        (2, 64): Tile(32, 32, 8, 2),
+        (2, 128): Tile(16, 16, 8, 1),
+        (2, 256): Tile(16, 16, 8, 1),
+        (4, 64): Tile(16, 16, 4, 1),
+        (4, 128): Tile(16, 16, 8, 1),
+        (4, 256): Tile(16, 16, 8, 1),
+    },
+    ("backward_weight", "ragged"): {
+        (2, 64): Tile(32, 32, 8, 2),
+        (2, 128): Tile(16, 16, 8, 1),
+        (2, 256): Tile(16, 16, 8, 1),
+        (4, 64): Tile(16, 32, 8, 2),
+        (4, 128): Tile(16, 16, 8, 1),
+        (4, 256): Tile(16, 16, 8, 1),
+    },
+}
+INTERPRETER = Tile(rows=16, columns=64, warps=4, stages=1)  # small, so that small tests have several blocks
+AMD_STAGES = 1  # 64 KB of local memory: no room for a pipeline
+VECTOR_BYTES = 16
 
 
 def default_tile(key: Key) -> Tile:
     """The tile for a key that the table does not have."""
-    block_bottleneck = max(16, triton.next_power_of_2(key.bottleneck))
     if key.architecture == "cpu":
-        return Tile(rows=16, columns=64, warps=4, stages=1)
-    return Tile(rows=128, columns=64, warps=8, stages=3)
+        return INTERPRETER
+    bytes_each = key.dtype.itemsize
+    size = (bytes_each, min(max(64, triton.next_power_of_2(key.bottleneck)), 256))
+    kinds = ["plain"]
+    if key.input_dtype.itemsize > bytes_each:
+        kinds.append("autocast")
+    if key.fork:
+        kinds.append("fork")
+    if key.width * bytes_each % VECTOR_BYTES or key.bottleneck * bytes_each % VECTOR_BYTES:
+        kinds.append("ragged")
+    tile = next(t for kind in reversed(kinds) if (t := TILES.get((key.kernel, kind), {}).get(size)))
+    return replace(tile, stages=AMD_STAGES) if key.architecture.startswith("gfx") else tile
 
 
 def architecture(device: torch.device) -> str:
@@ -87,7 +170,8 @@ def _architecture_of(index: int) -> str:
 def choose(kernel: str, problem: Problem, run: Callable[[Tile], None]) -> Tile:
     """The tile for a kernel of this problem; `run` launches it with a given tile, and may be called many times."""
     device = problem.x.device
-    key = Key(kernel, problem.width, problem.bottleneck, problem.product_dtype, architecture(device))
+    p = problem
+    key = Key(kernel, p.width, p.bottleneck, p.product_dtype, architecture(device), p.x.dtype, p.fork)
     if os.environ.get(ENVIRONMENT_VARIABLE) == "1" and device.type == "cuda":
         found = _searched().get(str(key))
         if found is not None:
