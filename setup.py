@@ -27,7 +27,7 @@ setup(
         "mosa_fast.csrc": ["*.cu", "*.cuh", "*.h", "*.cpp"],
     },
     install_requires=[
-        "jsonargparse[signatures]>=4.40",  # the command line: typed options, YAML, overrides
+        "jsonargparse[signatures]>=4.49",  # the command line: typed options, YAML, overrides
         "matplotlib>=3.8",  # curves.png
         "numpy>=1.26",
         "safetensors>=0.5",  # adapter files

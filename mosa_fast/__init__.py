@@ -1,0 +1,49 @@
+"""mosa_fast: Mixture of Sparse Adapters (MoSA) for vision transformers.
+
+Importing this package imports nothing else: each public name brings in what it needs when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mosa_fast.backbones.adapt import adapt, merge
+    from mosa_fast.backbones.adapter_file import load_adapter, save_adapter
+    from mosa_fast.config import MoSAConfig
+    from mosa_fast.nn.sparse_adapter import SparseAdapter
+    from mosa_fast.ops.backends import backend, set_backend
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "adapt": "mosa_fast.backbones.adapt",
+    "merge": "mosa_fast.backbones.adapt",
+    "load_adapter": "mosa_fast.backbones.adapter_file",
+    "save_adapter": "mosa_fast.backbones.adapter_file",
+    "MoSAConfig": "mosa_fast.config",
+    "SparseAdapter": "mosa_fast.nn.sparse_adapter",
+    "backend": "mosa_fast.ops.backends",
+    "set_backend": "mosa_fast.ops.backends",
+}
+__all__ = [
+    "MoSAConfig",
+    "SparseAdapter",
+    "adapt",
+    "backend",
+    "load_adapter",
+    "merge",
+    "save_adapter",
+    "set_backend",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

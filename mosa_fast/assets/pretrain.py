@@ -8,8 +8,9 @@ anybody's property and none resembles the data it is later tuned on. Three famil
 - fractals: attractors of random iterated function systems (IFS).
 
 The network names the class and redraws the clean drawing; page and pen vary more and more over the first quarter of
-the run (without both, a ViT this small stays at chance for long). Images are generated as they are needed and never repeat. `python -m mosa_fast.assets.pretrain --out DIR` writes
-`backbone.safetensors` (fp16) and `pretrain.log`; the shipped files were made by the defaults below.
+the run (without both, a ViT this small stays at chance for long). Images are generated as they are needed and never
+repeat. `python -m mosa_fast.assets.pretrain --out DIR` writes `backbone.safetensors` (float16) and `pretrain.log`; the
+shipped files were made by the defaults below.
 """
 
 from __future__ import annotations
@@ -199,9 +200,9 @@ def main() -> None:
     grid, width = model.patch_embed.grid_size, model.embed_dim
     with torch.no_grad():
         # Positions loud enough to be used from the first step.
-        model.pos_embed.copy_(build_sincos2d_pos_embed(list(grid), width, temperature=20.0)[None])
-        for block in model.blocks:
-            for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+        model.get_parameter("pos_embed").copy_(build_sincos2d_pos_embed(list(grid), width, temperature=20.0)[None])
+        for linear in model.blocks.modules():
+            if isinstance(linear, torch.nn.Linear):
                 torch.nn.init.xavier_uniform_(linear.weight)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]

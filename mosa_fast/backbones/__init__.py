@@ -1,0 +1,1 @@
+"""timm backbones: making them, loading their weights, putting adapters in."""

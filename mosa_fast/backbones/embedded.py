@@ -33,4 +33,5 @@ def create_embedded(num_classes: int, *, pretrained: bool = False, **kwargs: Any
     if pretrained:
         with as_file(files("mosa_fast.assets") / "backbone.safetensors") as path:
             load_checkpoint(model, str(path), strict=False)
+    assert isinstance(model, VisionTransformer)
     return model

@@ -47,9 +47,7 @@ def dropout_threshold(probability: float) -> int:
     return min(round(probability * 2**32), MASK)
 
 
-def dropout_keep(
-    seed: Tensor, probability: float, views: int, samples: int, tokens: int, channels: int
-) -> Tensor:
+def dropout_keep(seed: Tensor, probability: float, views: int, samples: int, tokens: int, channels: int) -> Tensor:
     """Which activations survive dropout.
 
     The word for (view, sample, token, channel) is lane `channel % 4` of

@@ -14,13 +14,15 @@ one only where it owns them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mosa_fast.ops.philox import dropout_keep
 
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 MERGED = -1  # the expert id that means: all of them, averaged
 
 
@@ -94,9 +96,7 @@ def ownership(owner: Tensor, ids: Tensor, experts: int, dtype: torch.dtype) -> T
     return torch.where(ids == MERGED, 1.0 / experts, (owner == ids).to(dtype)).to(dtype)
 
 
-def expert_weight(
-    weight: Tensor, init: Tensor | None, owner: Tensor | None, ids: Tensor, experts: int
-) -> Tensor:
+def expert_weight(weight: Tensor, init: Tensor | None, owner: Tensor | None, ids: Tensor, experts: int) -> Tensor:
     """The weights that each group computes with: `[V, out, in]`, or `[1, out, in]` for a dense projection."""
     if owner is None:
         return weight.unsqueeze(0)

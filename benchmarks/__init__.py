@@ -1,0 +1,1 @@
+"""Measurements, their results and plots; run from the repository root."""

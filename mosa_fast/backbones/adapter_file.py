@@ -1,0 +1,108 @@
+"""Adapter files: what was trained, with owner maps, as safetensors; the frozen backbone is not in them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from mosa_fast.backbones.adapt import adapt, adapters, classifiers
+from mosa_fast.backbones.vision_transformer import AdaptedVisionTransformer
+from mosa_fast.config import MoSAConfig
+from mosa_fast.files import write_atomically
+from mosa_fast.nn import SparseProjection
+
+FORMAT = "mosa_fast.adapter.1"
+
+
+def save_adapter(model: AdaptedVisionTransformer, path: str | Path) -> None:
+    """Write adapters (weights, W0, owner maps), head and anything else that is trained to a safetensors file.
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
+    metadata = {"format": FORMAT, "config": json.dumps(_config(model).to_dict())}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained_state(model).items()}
+    write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def load_adapter(model: VisionTransformer, path: str | Path) -> AdaptedVisionTransformer:
+    """Read a file of `save_adapter` into a model, in place.
+
+    Args:
+        model: the same backbone: a plain timm model, which gets adapters and a head of the file's size, or one that
+            was adapted with the same configuration.
+        path: the file.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the file is not an adapter file, or does not fit the model; the message lists what is missing or
+            unexpected.
+        FileNotFoundError: there is no such file.
+    """
+    tensors, config = _read(Path(path))
+    if not isinstance(model, AdaptedVisionTransformer):
+        saved_head = tensors.get("head.bias")
+        if saved_head is not None and saved_head.shape[0] != model.num_classes:
+            model.reset_classifier(saved_head.shape[0])
+        model = adapt(model, config)
+    elif _config(model) != config:
+        raise ValueError(f"{path} was saved with {config}, but the model has {_config(model)}")
+    load_trained_state(model, tensors, str(path))
+    return model
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """Everything a trained model has beyond its frozen backbone: trained tensors, adapters' buffers, heads."""
+    kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if isinstance(model, AdaptedVisionTransformer):
+        parts: list[nn.Module] = [*adapters(model), *classifiers(model)]
+        names = {module: name for name, module in model.named_modules()}
+        for module in parts:
+            kept |= {f"{names[module]}.{key}" for key in module.state_dict()}
+    return {name: tensor for name, tensor in model.state_dict().items() if name in kept}
+
+
+def load_trained_state(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Load what `trained_state` gave, checking names, shapes and owner maps; ValueError names `source`."""
+    own = model.state_dict()
+    problems = [f"missing {name}" for name in trained_state(model) if name not in tensors]
+    for name, tensor in tensors.items():
+        if name not in own:
+            problems.append(f"unexpected {name}")
+        elif own[name].shape != tensor.shape:
+            problems.append(f"{name} is {list(tensor.shape)}, the model's is {list(own[name].shape)}")
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise ValueError(f"{source} does not fit this model: {shown}")
+    # Checked before anything is loaded, so that a bad file leaves the model as it was.
+    for name, module in model.named_modules():
+        if isinstance(module, SparseProjection):
+            module.check(name, tensors)
+    model.load_state_dict(tensors, strict=False)
+
+
+def _config(model: nn.Module) -> MoSAConfig:
+    if not isinstance(model, AdaptedVisionTransformer):
+        raise ValueError(f"{type(model).__name__} has no adapters; call adapt(model, config) first")
+    return model.mosa_config
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], MoSAConfig]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no adapter file at {path}")
+    try:
+        with safe_open(path, framework="pt") as handle:
+            metadata = handle.metadata() or {}
+            tensors: dict[str, Tensor] = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is not an adapter file of this version ({metadata.get('format')!r}, not {FORMAT!r})")
+    return tensors, MoSAConfig.from_dict(json.loads(metadata["config"]))

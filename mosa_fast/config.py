@@ -1,0 +1,181 @@
+"""What is put into a model (`MoSAConfig`) and what a run does (`TrainConfig`)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
+
+Share = Literal["down", "up", "none"]
+BiasMode = Literal["per_expert", "split"]
+MergeRule = Literal["mean", "joint"]
+Placement = Literal["adaptformer"]
+
+
+@dataclass(frozen=True)
+class MoSAConfig:
+    """The adapters of a model (METHOD: Placements, Weights and gradients, Merge).
+
+    Raises:
+        ValueError: a value is out of range; the message names the field.
+    """
+
+    bottleneck: int = 64
+    """Width r of the adapters."""
+    experts: int = 4
+    """Number of experts E that a split projection is divided among, 1 to 255. 1: a dense adapter."""
+    share: Share = "down"
+    """The projection that is NOT split: down (dense down, split up), up, or none (both split)."""
+    placement: Placement = "adaptformer"
+    """Where adapters sit. adaptformer: parallel to the MLP."""
+    scale: float | Literal["auto", "trainable"] = "auto"
+    """Factor on the adapter's output; auto: the placement's (adaptformer 0.1); trainable: learned, from 1.0."""
+    dropout: float | Literal["auto"] = "auto"
+    """Probability of dropping a hidden activation; auto: the placement's (adaptformer 0.1)."""
+    bias: BiasMode = "per_expert"
+    """per_expert: every expert has its own bias vector; split: the elements of one vector have owners."""
+    merge: MergeRule = "mean"
+    """How experts merge. mean: W0 + (W - W0) / E. joint: W / E (the same where W0 is zero)."""
+    seed: int = 3407
+    """Seed of the owner maps and the initial weights."""
+
+    def __post_init__(self) -> None:
+        from mosa_fast.partition import check_experts
+
+        if self.bottleneck < 1:
+            raise ValueError(f"bottleneck must be at least 1, got {self.bottleneck}")
+        check_experts(self.experts)
+        for name, choices in (("share", Share), ("bias", BiasMode), ("merge", MergeRule), ("placement", Placement)):
+            check_choice(name, getattr(self, name), get_args(choices))
+        if isinstance(self.scale, str):
+            check_choice("scale", self.scale, ("auto", "trainable"))
+        if isinstance(self.dropout, str):
+            check_choice("dropout", self.dropout, ("auto",))
+        elif not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as JSON can hold them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MoSAConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a key is unknown, as in a file of a newer version.
+        """
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"MoSAConfig has no field {', '.join(sorted(unknown))}")
+        return cls(**values)
+
+
+@dataclass
+class DataConfig:
+    """The images."""
+
+    name: str = "digits"
+    """digits: the embedded 8x8 handwritten digits; folder: ROOT/{train,val,test}/<class>/*.jpg."""
+    root: str | None = None
+    """Folder of the data set; digits needs none."""
+    shots: int | None = 50
+    """digits only: training images per class, at most 80. None: all of them."""
+    image_size: int | None = None
+    """Side of the square images in pixels. None: what the backbone expects."""
+    workers: int = 2
+    """Processes that load images (folder only)."""
+    val_fraction: float = 0.1
+    """Part of the training images, cut class by class with the run's seed, used where there is no val folder."""
+
+
+@dataclass
+class ModelConfig:
+    """The frozen backbone and its head."""
+
+    name: str = "embedded"
+    """A timm VisionTransformer, or embedded: the small ViT that travels in the package."""
+    pretrained: bool = True
+    """Load pretrained weights: timm downloads its own, the embedded ones are shipped."""
+    head_init: Literal["timm", "published"] = "timm"
+    """Initial head. published: Kaiming-normal fan-out weights, bias -ln 99; timm: as timm makes it."""
+    backbone_dropout: float = 0.0
+    """Dropout on the embeddings and twice in each MLP of the frozen backbone (the paper's ViT recipes: 0.1)."""
+    drop_path: float = 0.0
+    """Rate of stochastic depth in the frozen backbone."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW, linear warm-up per step, cosine to zero."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.01
+    """Decay of AdamW, on everything but biases."""
+    epochs: int = 100
+    """Passes over the training images."""
+    warmup_epochs: float = 10.0
+    """Epochs of linear warm-up."""
+    batch_size: int = 128
+    """Images per step (every view of an image counts as the same image)."""
+
+
+@dataclass
+class LossConfig:
+    """The two-view loss (METHOD: Loss)."""
+
+    views: Literal[1, 2] = 2
+    """Stochastic forward passes of each batch: 2 as in the paper, or 1, which has no consistency terms."""
+    add_weight: float = 0.0
+    """Weight of the second view's cross-entropy."""
+    reg_weight: float = 1.0
+    """Weight of the symmetric KL divergence between the views."""
+    deep_reg: bool = False
+    """Also pull the two views' outputs of the first six blocks together."""
+    class_weights: Literal["none", "inverse", "inverse_sqrt"] = "none"
+    """Weights of the classes in the cross-entropy, from the training counts, scaled to sum to their number."""
+
+
+@dataclass
+class TrainConfig:
+    """One run of `python -m mosa_fast.train`."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: Literal["mosa", "linear", "full", "scratch"] = "mosa"
+    """What is trained. mosa: adapters and head (a dense adapter with adapter.experts 1); linear: the head; full: all
+    weights, from the pretrained ones; scratch: all weights, from random ones."""
+    adapter: MoSAConfig = field(default_factory=MoSAConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    seed: int = 3407
+    """Seed of everything random but the adapters' owner maps and initial weights (adapter.seed)."""
+    out: str = "runs/default"
+    """Folder that the run writes its files to."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 and so on; auto: a GPU where there is one."""
+    eval_every: int = 1
+    """Validate after every so many epochs, and after the last."""
+    test: bool = True
+    """Evaluate the test images, once, at the end; false leaves them unread, as in a search."""
+
+    def __post_init__(self) -> None:
+        for name, value, low in (
+            ("optim.lr", self.optim.lr, 0.0),
+            ("optim.weight_decay", self.optim.weight_decay, 0.0),
+            ("optim.epochs", self.optim.epochs, 1),
+            ("optim.warmup_epochs", self.optim.warmup_epochs, 0.0),
+            ("optim.batch_size", self.optim.batch_size, 1),
+            ("eval_every", self.eval_every, 1),
+            ("data.workers", self.data.workers, 0),
+        ):
+            if value < low:
+                raise ValueError(f"{name} must be at least {low}, got {value}")
+        if not 0.0 < self.data.val_fraction < 1.0:
+            raise ValueError(f"data.val_fraction must be between 0 and 1, got {self.data.val_fraction}")
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")

@@ -1,0 +1,25 @@
+"""What every family of data sets gives to the training loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import Dataset
+
+
+@dataclass
+class Splits:
+    """The three parts of a data set, each giving (image `[3, H, W]` float32, label int).
+
+    Attributes:
+        train, val, test: data sets; selection looks at val only, test is opened once, at the end.
+        train_labels: labels of the training images, in order.
+        classes: names of the classes, by label.
+    """
+
+    train: Dataset[Any]
+    val: Dataset[Any]
+    test: Dataset[Any]
+    train_labels: list[int]
+    classes: list[str]

@@ -1,0 +1,107 @@
+"""A linear projection that is split among experts, or dense."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mosa_fast.config import BiasMode, MergeRule
+from mosa_fast.partition import check_experts, check_owner_map, owner_map
+
+
+class SparseProjection(nn.Module):
+    """One weight, the map of who owns its elements, and W0 where that is not zero (METHOD: The compact form).
+
+    Args:
+        in_features, out_features: widths.
+        experts: number of experts E; a projection of one expert is dense.
+        split: divide the weight among the experts; False: a dense projection.
+        zero_init: start the weight at zero (up-projections); False: Kaiming-uniform as nn.Linear (down-projections).
+        bias: "per_expert" rows, or one vector whose elements are "split" among the experts.
+        generator: CPU generator of the owner maps and initial weights.
+
+    Attributes:
+        weight: float32 parameter `[out, in]`.
+        bias: float32 parameter `[E, out]`, or `[1, out]` dense, or `[out]` where it is split; zero at first.
+        owner: uint8 buffer `[out, in]`, or None when dense.
+        init: float32 buffer `[out, in]`, W0 of a split weight that does not start at zero, else None.
+        bias_owner: uint8 buffer `[out]` of a split bias, else None.
+    """
+
+    owner: Tensor | None
+    init: Tensor | None
+    bias_owner: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        experts: int,
+        *,
+        split: bool,
+        zero_init: bool,
+        bias: BiasMode = "per_expert",
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_experts(experts)
+        split = split and experts > 1
+        self.experts = experts if split else 1
+        # Drawn on the CPU in float32 whatever the device, so that a seed means the same weights everywhere.
+        weight = torch.zeros(out_features, in_features)
+        if not zero_init:
+            bound = 1 / math.sqrt(in_features)  # Kaiming-uniform with a = sqrt(5)
+            weight.uniform_(-bound, bound, generator=generator)
+        owner = owner_map((out_features, in_features), experts, generator) if split else None
+        split_bias = split and bias == "split"
+        bias_owner = owner_map((out_features,), experts, generator) if split_bias else None
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(weight.to(**factory))
+        bias_shape = (out_features,) if split_bias else (self.experts, out_features)
+        self.bias = nn.Parameter(torch.zeros(bias_shape, **factory))
+        self.register_buffer("owner", None if owner is None else owner.to(device))
+        self.register_buffer("init", weight.clone().to(**factory) if split and not zero_init else None)
+        self.register_buffer("bias_owner", None if bias_owner is None else bias_owner.to(device))
+
+    def bias_rows(self) -> Tensor:
+        """The bias of every expert, `[E, out]` (`[1, out]` dense)."""
+        if self.bias_owner is None:
+            return self.bias
+        ids = torch.arange(self.experts, device=self.bias.device)
+        return self.bias * (self.bias_owner == ids[:, None])
+
+    @torch.no_grad()
+    def merge(self, rule: MergeRule) -> None:
+        """Become the dense projection that the experts amount to, in place (METHOD: Merge)."""
+        if self.owner is None:
+            return
+        bias = self.bias_rows().mean(0, keepdim=True)
+        weight = self.weight / self.experts
+        if self.init is not None and rule == "mean":
+            weight = weight + self.init * (1 - 1 / self.experts)
+        self.weight.copy_(weight)
+        self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
+        self.owner = self.init = self.bias_owner = None
+        self.experts = 1
+
+    def check(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Check the values of this projection's owner maps in `tensors`, which came from a file.
+
+        Raises:
+            ValueError: an id is out of range; the message names the map.
+        """
+        for field in ("owner", "bias_owner"):
+            key = f"{name}.{field}"
+            if getattr(self, field) is not None and key in tensors:
+                check_owner_map(tensors[key], self.experts, key)
+
+    def extra_repr(self) -> str:
+        """What repr shows."""
+        out_features, in_features = self.weight.shape
+        kind = f"experts={self.experts}" if self.owner is not None else "dense"
+        return f"{in_features} -> {out_features}, {kind}"

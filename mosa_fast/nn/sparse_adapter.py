@@ -1,0 +1,163 @@
+"""The adapter layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mosa_fast.config import MoSAConfig
+from mosa_fast.nn.projection import SparseProjection
+from mosa_fast.ops import sparse_adapter
+from mosa_fast.ops.reference import MERGED
+from mosa_fast.routing import draw, random_seed
+
+ADAPTFORMER_SCALE = 0.1  # METHOD: Placements
+ADAPTFORMER_DROPOUT = 0.1
+
+
+class SparseAdapter(nn.Module):
+    """A bottleneck adapter whose weights are split among experts (paper, section 3).
+
+    `y = x + skip + scale * up_e(drop(gelu(down_e(norm(x)))))`: parallel to a frozen branch whose output is `skip`.
+    A training pass computes with one expert of each split projection; evaluation with all of them merged, always
+    from the current weights.
+
+    Args:
+        dim: width D of the tokens.
+        bottleneck: width r of the adapter.
+        experts: number of experts E, 1 to 255.
+        share, scale, dropout, bias, merge: see `MoSAConfig`; "auto" means 0.1 for both scale and dropout.
+        norm_eps: eps of the adapter's LayerNorm (norm2's of the block it sits in).
+        generator: CPU generator of owner maps and initial weights; torch's global one when None.
+
+    Shapes:
+        x: `[N, ..., dim]`; skip: the same or None; result: the same, or `[V * N, ..., dim]` with `fork`.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        bottleneck: int = 64,
+        experts: int = 4,
+        *,
+        share: str = "down",
+        scale: float | str = "auto",
+        dropout: float | str = "auto",
+        bias: str = "per_expert",
+        merge: str = "mean",
+        norm_eps: float = 1e-6,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = MoSAConfig(
+            bottleneck=bottleneck,
+            experts=experts,
+            share=share,  # type: ignore[arg-type]  # checked by the config
+            scale=scale,  # type: ignore[arg-type]
+            dropout=dropout,  # type: ignore[arg-type]
+            bias=bias,  # type: ignore[arg-type]
+            merge=merge,  # type: ignore[arg-type]
+        )
+        config = self.config
+        self.norm = nn.LayerNorm(dim, eps=norm_eps, device=device, dtype=dtype)
+        self.down = SparseProjection(
+            dim,
+            bottleneck,
+            experts,
+            split=share != "down",
+            zero_init=False,
+            bias=config.bias,
+            generator=generator,
+            device=device,
+            dtype=dtype,
+        )
+        self.up = SparseProjection(
+            bottleneck,
+            dim,
+            experts,
+            split=share != "up",
+            zero_init=True,
+            bias=config.bias,
+            generator=generator,
+            device=device,
+            dtype=dtype,
+        )
+        self.scale: nn.Parameter | float
+        if config.scale == "trainable":
+            self.scale = nn.Parameter(torch.ones(1, device=device, dtype=dtype))
+        else:
+            self.scale = ADAPTFORMER_SCALE if isinstance(config.scale, str) else float(config.scale)
+        self.dropout = ADAPTFORMER_DROPOUT if isinstance(config.dropout, str) else config.dropout
+
+    def forward(
+        self,
+        x: Tensor,
+        skip: Tensor | None = None,
+        experts: Tensor | None = None,
+        *,
+        seed: Tensor | None = None,
+        fork: bool = False,
+    ) -> Tensor:
+        """Apply the adapter.
+
+        Args:
+            x: `[N, ..., dim]`.
+            skip: output of the frozen branch, added to the result.
+            experts: int32 `[V, 2]`, the (down, up) expert of each group of samples. None: drawn in training, merged
+                in evaluation.
+            seed: int64 `[1]` or `[2]`, seed of the dropout and of the draw (`mosa_fast.routing`). None: fresh.
+            fork: let each of the V groups read all of x.
+        """
+        dropout = self.dropout if self.training else 0.0
+        down_init = self.down.init
+        if self.training and seed is None and (experts is None or dropout > 0):
+            seed = random_seed(x.device)
+        if experts is None and self.training:
+            assert seed is not None
+            experts = draw(seed, 1, 1, self.config.experts).experts[0]
+        elif experts is None:
+            experts = torch.full((1, 2), MERGED, dtype=torch.int32, device=x.device)
+            if self.config.merge == "joint":
+                down_init = None
+        return sparse_adapter(
+            x,
+            skip,
+            self.norm.weight,
+            self.norm.bias,
+            self.down.weight,
+            self.down.bias_rows(),
+            self.up.weight,
+            self.up.bias_rows(),
+            down_init,
+            self.down.owner,
+            self.up.owner,
+            experts,
+            activation="gelu",
+            scale=self.scale,
+            dropout=dropout,
+            seed=0 if seed is None else seed,
+            fork=fork,
+            eps=self.norm.eps,
+        )
+
+    def merge(self) -> None:
+        """Replace the experts by the one dense adapter of evaluation, in place."""
+        self.down.merge(self.config.merge)
+        self.up.merge(self.config.merge)
+
+    @property
+    def merged_parameters(self) -> int:
+        """Number of trained values that remain after merging: weights, one bias vector each, norm, trained scale."""
+        trained_scale = self.scale.numel() if isinstance(self.scale, nn.Parameter) else 0
+        projections = sum(p.weight.numel() + p.weight.shape[0] for p in (self.down, self.up))
+        return projections + 2 * self.norm.weight.numel() + trained_scale
+
+    def extra_repr(self) -> str:
+        """What repr shows."""
+        scale = "trainable" if isinstance(self.scale, nn.Parameter) else self.scale
+        return f"scale={scale}, dropout={self.dropout}"

@@ -1,0 +1,77 @@
+"""Draws of experts and dropout seeds, as tensors made outside the layers (METHOD: Routing).
+
+One 64-bit seed decides everything random about a training pass through the adapters. It is a function of the run's
+seed and the step, so every rank draws the same experts, a resumed run goes on with the same draws, gradient
+checkpointing recomputes with them, and a captured CUDA graph only needs the step as a device tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mosa_fast.ops.philox import philox
+
+# The first word of the counter tells apart what a number is for.
+_EXPERTS, _DROPOUT, _STEP = 1, 2, 3
+
+
+@dataclass
+class Routing:
+    """What the adapted blocks of a model need for one pass.
+
+    Attributes:
+        experts: int32 `[layers, V, 2]`: the (down, up) expert of every block and view.
+        seeds: int64 `[layers, 2]`: dropout key and global index of the first sample (ops.philox.dropout_keep).
+    """
+
+    experts: Tensor
+    seeds: Tensor
+
+
+def step_seed(seed: int, step: int | Tensor, first_sample: int = 0, device: torch.device | None = None) -> Tensor:
+    """The seed of one training step, int64 `[2]`: (64-bit key, global index of this batch's first sample).
+
+    Args:
+        seed: the run's seed.
+        step: number of the step; a device tensor where a CUDA graph is to advance it.
+        first_sample: global index of the first sample of this rank's or micro-batch's part.
+        device: where to make it.
+    """
+    key = torch.tensor(seed, dtype=torch.int64, device=device)
+    zero = torch.zeros_like(key)
+    step = torch.as_tensor(step, dtype=torch.int64, device=device)
+    return torch.stack([_key64(philox(key, (zero + _STEP, step, zero, zero))), zero + first_sample])
+
+
+def draw(seed: Tensor, layers: int, views: int, experts: int) -> Routing:
+    """Independent uniform experts for every layer, view and projection, and a dropout seed for every layer.
+
+    Args:
+        seed: int64 `[1]` or `[2]` as `step_seed` makes it.
+        layers: number of adapters L.
+        views: stochastic passes V of the batch.
+        experts: number of experts E.
+    """
+    key, device = seed[0], seed.device
+    first_sample = seed[1] if seed.numel() == 2 else torch.zeros_like(key)
+    layer = torch.arange(layers, device=device)
+    zero = torch.zeros_like(layer)
+    view = torch.arange(views, device=device)
+    words = philox(key, (zero[:, None] + _EXPERTS, layer[:, None], view, zero[:, None]))
+    # 2^32 is not a multiple of every E: the excess of the smallest ids is below 255 / 2^32.
+    drawn = torch.stack(words[:2], dim=-1) % experts
+    keys = _key64(philox(key, (zero + _DROPOUT, layer, zero, zero)))
+    return Routing(drawn.to(torch.int32), torch.stack([keys, first_sample.expand(layers)], dim=-1))
+
+
+def random_seed(device: torch.device) -> Tensor:
+    """A fresh seed, int64 `[1]`, from torch's random state on that device."""
+    low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+    return torch.randint(low, high, (1,), dtype=torch.int64, device=device)
+
+
+def _key64(words: tuple[Tensor, ...]) -> Tensor:
+    return words[0] | (words[1] << 32)

@@ -1,0 +1,37 @@
+"""AdamW with decay groups, and a schedule of warm-up and cosine per step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+BETAS = (0.9, 0.999)
+EPS = 1e-6  # RECIPES: Training recipes
+
+
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> AdamW:
+    """AdamW over everything trained; biases are not decayed. A weight decay of 0 means just that."""
+    decayed: list[nn.Parameter] = []
+    biases: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (biases if name.endswith("bias") else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": biases, "weight_decay": 0.0}]
+    return AdamW(groups, lr=lr, betas=BETAS, eps=EPS)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup_steps: int) -> LambdaLR:
+    """Linear warm-up from the first step (never at zero), then cosine to zero at `steps`."""
+    warmup_steps = min(warmup_steps, steps)
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return LambdaLR(optimizer, factor)

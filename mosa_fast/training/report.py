@@ -1,0 +1,81 @@
+"""What a run leaves for people: metrics.jsonl, summary.json, curves.png and the closing table."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from mosa_fast.files import write_atomically
+
+
+class MetricsLog:
+    """One JSON object a line, one line an epoch."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        path.write_text("")
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a row to the file and to `rows`."""
+        self.rows.append(row)
+        with self.path.open("a") as handle:
+            handle.write(json.dumps(row) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that the numbers depend on."""
+    import timm
+    import torch
+
+    from mosa_fast import __version__
+
+    return {
+        "mosa_fast": __version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def write_summary(path: Path, summary: dict[str, Any]) -> None:
+    """Write all numbers of a run as JSON."""
+    text = json.dumps(summary, indent=2) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def plot_curves(path: Path, rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+    """Training loss and validation accuracy over the epochs, with the selected epoch marked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in rows]
+    loss_axes.plot(epochs, [row["train_loss"] for row in rows], color="tab:blue")
+    loss_axes.set(xlabel="epoch", ylabel="training loss")
+    validated = [row for row in rows if "val_accuracy" in row]
+    accuracy_axes.plot(epochs, [row["train_accuracy"] for row in rows], color="tab:grey", label="train, active experts")
+    accuracy_axes.plot(
+        [row["epoch"] for row in validated],
+        [row["val_accuracy"] for row in validated],
+        color="tab:orange",
+        label="validation, merged",
+    )
+    accuracy_axes.axvline(summary["selected_epoch"], color="black", linewidth=0.8, linestyle=":")
+    if "test_accuracy" in summary:
+        accuracy_axes.axhline(
+            summary["test_accuracy"], color="tab:green", linewidth=0.8, linestyle="--", label="test, selected epoch"
+        )
+    accuracy_axes.set(xlabel="epoch", ylabel="accuracy, %")
+    accuracy_axes.legend(loc="lower right", fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def format_table(rows: list[tuple[str, str]]) -> str:
+    """Two aligned columns between rules."""
+    left = max(len(name) for name, _ in rows)
+    right = max(len(value) for _, value in rows)
+    rule = "-" * (left + right + 2)
+    return "\n".join([rule, *(f"{name:<{left}}  {value}" for name, value in rows), rule])

@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mosa_fast.config import DataConfig
+from mosa_fast.data import load_data
+from mosa_fast.data.split import stratified_split
+from mosa_fast.data.transforms import image_transform
+
+
+def keys(dataset):
+    return {image.numpy().tobytes() for image, _ in dataset}
+
+
+def test_stratified_split_takes_its_part_of_every_class():
+    labels = [0] * 10 + [1] * 20 + [2] * 3
+    first, second = stratified_split(labels, 0.1, seed=0)
+    assert np.bincount(np.array(labels)[first]).tolist() == [1, 2, 1]
+    assert sorted(first + second) == list(range(33))
+    assert stratified_split(labels, 0.1, seed=0) == (first, second)
+    assert np.bincount(np.array(labels)[stratified_split(labels, 2, 0)[0]]).tolist() == [2, 2, 2]
+    with pytest.raises(ValueError, match="class 2 has 3 images, 4 are asked for"):
+        stratified_split(labels, 4, 0)
+
+
+def test_digits_are_balanced_disjoint_and_their_test_images_never_change():
+    first, second = (load_data(DataConfig(shots=10), 32, seed) for seed in (1, 2))
+    assert torch.bincount(torch.tensor(first.train_labels)).tolist() == [10] * 10
+    assert [len(part) for part in (first.train, first.val, first.test)] == [100, 200, 800]
+    parts = [keys(part) for part in (first.train, first.val, first.test)]
+    assert not parts[0] & parts[1]
+    assert not parts[0] & parts[2]
+    assert not parts[1] & parts[2]
+    assert keys(second.test) == parts[2]
+    assert keys(second.train) != parts[0]
+    image, _ = first.train[0]
+    assert image.shape == (3, 32, 32)
+    assert image.min() >= -1
+    assert image.max() <= 1
+    assert len(load_data(DataConfig(shots=None), 32, 1).train) == 797
+    with pytest.raises(ValueError, match=r"data.shots must be 1 to 74 for digits, got 75"):
+        load_data(DataConfig(shots=75), 32, 1)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 10), ("test", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(0, 255, (40, 30, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / part / name / f"{index}.png")
+    return tmp_path
+
+
+def test_a_folder_without_val_cuts_it_from_train(folder):
+    splits = load_data(DataConfig(name="folder", root=str(folder), val_fraction=0.2), 16, 0)
+    assert splits.classes == ["cat", "dog"]
+    assert [len(part) for part in (splits.train, splits.val, splits.test)] == [16, 4, 4]
+    assert splits.train_labels == [splits.train[i][1] for i in range(16)]
+    kept = {splits.train.dataset.samples[i][0] for i in splits.train.indices}
+    held_out = {splits.val.dataset.samples[i][0] for i in splits.val.indices}
+    assert not kept & held_out
+    first, again = (splits.val[0][0] for _ in range(2))
+    assert torch.equal(first, again)  # evaluation does not augment
+    assert first.shape == (3, 16, 16)
+
+
+def test_a_folder_with_val_uses_it(folder):
+    (folder / "test").rename(folder / "val")
+    with pytest.raises(ValueError, match="no folder .*test"):
+        load_data(DataConfig(name="folder", root=str(folder)), 16, 0)
+
+
+def test_bad_folders_are_named(folder):
+    with pytest.raises(ValueError, match=r"data\.root is needed"):
+        load_data(DataConfig(name="folder"), 16, 0)
+    (folder / "train" / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty"):
+        load_data(DataConfig(name="folder", root=str(folder)), 16, 0)
+    (folder / "train" / "empty").rmdir()
+    (folder / "test" / "dog").rename(folder / "test" / "wolf")
+    with pytest.raises(ValueError, match=r"classes of test are not those of train; they differ in dog, wolf"):
+        load_data(DataConfig(name="folder", root=str(folder)), 16, 0)
+    with pytest.raises(ValueError, match=r"data\.name must be one of digits, folder"):
+        load_data(DataConfig(name="imagenet"), 16, 0)
+
+
+@pytest.mark.parametrize("size", [224, 384])
+def test_transform_gives_the_size_and_imagenet_statistics(size):
+    grey = Image.new("RGB", (500, 600), (124, 116, 104))  # the ImageNet mean
+    for train in (True, False):
+        out = image_transform(size, train=train)(grey)
+        assert out.shape == (3, size, size)
+        assert out.abs().max() < 0.02

@@ -1,0 +1,43 @@
+import subprocess
+import sys
+
+HEAVY = ("torch", "timm", "triton", "torchvision", "numpy", "matplotlib", "jsonargparse")
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    out = run(f"import sys, mosa_fast; print([m for m in {HEAVY} if m in sys.modules])")
+    assert out.strip() == "[]"
+
+
+def test_the_layer_needs_neither_timm_nor_a_gpu():
+    out = run(
+        "import sys\nfrom mosa_fast import SparseAdapter\nSparseAdapter(8, 4)\nimport torch\n"
+        "print([m for m in ('timm', 'triton', 'torchvision', 'jsonargparse') if m in sys.modules],"
+        " torch.cuda.is_initialized())"
+    )
+    assert out.strip() == "[] False"
+
+
+def test_every_public_name_exists():
+    import mosa_fast
+
+    for name in mosa_fast.__all__:
+        assert getattr(mosa_fast, name) is not None
+
+
+def test_no_top_level_module_shadows_other_packages():
+    import importlib.util
+
+    import mosa_fast.configs
+    import mosa_fast.csrc
+    import mosa_fast.kernels  # noqa: F401
+
+    code = "import importlib.util as u; print([n for n in ('kernels', 'configs', 'csrc') if u.find_spec(n)])"
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=importlib.util.sys.prefix
+    ).stdout
+    assert out.strip() == "[]"

@@ -1,0 +1,83 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mosa_fast as mosa
+from mosa_fast.backbones.embedded import create_embedded
+from mosa_fast.config import DataConfig, LossConfig, MoSAConfig, OptimConfig, TrainConfig
+from mosa_fast.data import load_data
+from mosa_fast.training.loop import pick_device, train
+
+
+def small_run(out, **changes) -> TrainConfig:
+    settings = {
+        "data": DataConfig(shots=2),
+        "adapter": MoSAConfig(bottleneck=4),
+        "optim": OptimConfig(lr=5e-3, epochs=2, warmup_epochs=0, batch_size=20),
+        "eval_every": 2,
+        "out": str(out),
+    }
+    return TrainConfig(**settings | changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One finished run: its folder and its summary."""
+    out = tmp_path_factory.mktemp("run")
+    return out, train(small_run(out), progress=False)
+
+
+def test_a_run_leaves_everything_it_promises_and_the_numbers_agree(finished):
+    out, summary = finished
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert (out / "curves.png").stat().st_size > 1000
+    assert json.loads((out / "summary.json").read_text())["test_accuracy"] == summary["test_accuracy"]
+    # The file alone, on a fresh backbone, gives the reported number.
+    model = mosa.load_adapter(create_embedded(10, pretrained=True), out / "adapter.safetensors").eval()
+    images, labels = load_data(DataConfig(shots=2), 32, 3407).test.tensors
+    with torch.no_grad():
+        accuracy = (model(images).argmax(1) == labels).double().mean() * 100
+    assert accuracy.item() == pytest.approx(summary["test_accuracy"], abs=0.13)  # one image of 800, for rounding
+
+
+def test_same_seed_same_bits(finished, tmp_path):
+    first = load_file(finished[0] / "adapter.safetensors")
+    train(small_run(tmp_path / "again", test=False), progress=False)
+    again = load_file(tmp_path / "again" / "adapter.safetensors")
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    train(small_run(tmp_path / "other", seed=1, test=False), progress=False)
+    other = load_file(tmp_path / "other" / "adapter.safetensors")
+    assert not torch.equal(first["blocks.0.adapter.up.weight"], other["blocks.0.adapter.up.weight"])
+
+
+def test_a_search_leaves_the_test_images_alone(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("mosa_fast.training.loop.evaluate", lambda model, loader, device: seen.append(loader) or 50.0)
+    summary = train(small_run(tmp_path, test=False), progress=False)
+    assert "test_accuracy" not in summary
+    assert [len(loader.dataset) for loader in seen] == [200]
+
+
+@pytest.mark.parametrize("method", ["linear", "full", "scratch"])
+def test_the_methods_to_compare_with(tmp_path, method):
+    optim = OptimConfig(lr=1e-3, epochs=1, warmup_epochs=0, batch_size=20)
+    summary = train(small_run(tmp_path, method=method, optim=optim, test=False), progress=False)
+    names = set(load_file(tmp_path / "model.safetensors"))
+    assert (names == {"head.weight", "head.bias"}) == (method == "linear")
+    assert (summary["trained_weights"] == 0) == (method == "linear")
+
+
+def test_the_deep_term_and_class_weights_run(tmp_path):
+    loss = LossConfig(deep_reg=True, class_weights="inverse")
+    optim = OptimConfig(lr=1e-3, epochs=1, warmup_epochs=0, batch_size=20)
+    train(small_run(tmp_path, loss=loss, optim=optim, test=False), progress=False)
+
+
+def test_devices():
+    assert pick_device("cpu") == torch.device("cpu")
+    for name in ("cuda:99", "nonsense"):
+        with pytest.raises(ValueError, match="is not available here"):
+            pick_device(name)
