@@ -23,6 +23,7 @@ from mosa_fast.kernels.sparse_adapter import Problem, sparse_adapter_bwd, sparse
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
