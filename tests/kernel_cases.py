@@ -137,7 +137,7 @@ def make(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str
         "up_owner": owner(c.split_up, c.width, c.bottleneck),
         "experts": torch.tensor(c.groups, dtype=torch.int32, device=device),
         "activation": c.activation,
-        "scale": c.scale.to(device) if isinstance(c.scale, Tensor) else c.scale,
+        "scale": c.scale.to(device, copy=True) if isinstance(c.scale, Tensor) else c.scale,
         "dropout": c.dropout,
         "seed": torch.tensor(c.seed, device=device) if isinstance(c.seed, tuple) else c.seed,
         "add_input": c.add_input,

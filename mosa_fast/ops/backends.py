@@ -74,9 +74,13 @@ def resolve_backend(device: torch.device, dtype: torch.dtype) -> str:
 
 # The answer does not change within a process; torch.compile is told so, since it cannot trace the questions.
 @torch.compiler.assume_constant_result
-@lru_cache
 def unavailable_reason(name: str) -> str | None:
     """None when the backend can serve on this machine, else why not, in a few words."""
+    return _unavailable_reason(name)
+
+
+@lru_cache
+def _unavailable_reason(name: str) -> str | None:
     if name == "reference":
         return None
     if name == "cuda":
