@@ -53,9 +53,7 @@ def weight_tile(weight_ptr, init_ptr, owner_ptr, offsets, mask, expert, inverse_
 
 
 @triton.jit
-def bias_vector(
-    bias_ptr, columns, valid, stride, expert, inverse_experts, EXPERTS: tl.constexpr, SPLIT: tl.constexpr
-):
+def bias_vector(bias_ptr, columns, valid, stride, expert, inverse_experts, EXPERTS: tl.constexpr, SPLIT: tl.constexpr):
     """The group's bias for some columns: its expert's row of `[E, stride]`, or the mean of all rows. float32.
 
     All rows form one tile whose unused rows are never read, not a loop: a loop here would keep the compiler from

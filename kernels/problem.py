@@ -48,22 +48,22 @@ class Problem:
 
     @property
     def width(self) -> int:
-        """D."""
+        """The width, D."""
         return self.x.shape[-1]
 
     @property
     def bottleneck(self) -> int:
-        """r."""
+        """The bottleneck, r."""
         return self.down_weight.shape[0]
 
     @property
     def block_bottleneck(self) -> int:
-        """r padded to a power of two."""
+        """The bottleneck padded to a power of two."""
         return max(SMALLEST_DOT, triton.next_power_of_2(self.bottleneck))
 
     @property
     def groups(self) -> int:
-        """V."""
+        """The number of groups, V."""
         return self.experts.shape[0]
 
     @property
@@ -125,4 +125,5 @@ class Problem:
 
 def product_precision() -> str:
     """Arithmetic of float32 products: exact, unless the user allowed TF32 in torch."""
-    return "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"  # the legacy allow_tf32 = True sets it too
+    return "tf32" if allowed and not torch.version.hip else "ieee"

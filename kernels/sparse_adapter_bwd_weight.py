@@ -13,7 +13,7 @@ everywhere for merged), 0 elsewhere: the zeros are written by the kernel.
 
 Stage 1: the tokens are cut into segments, each inside one group; a program owns some consecutive segments and a block
 of columns, keeps y^T h and Q for one segment in registers, and adds what its group owns to its own slice of `partial`,
-so memory does not grow with V. Stage 2 sums the slices in a fixed order. No atomics: the same input gives the same bits.
+so memory does not grow with V. Stage 2 sums the slices in a fixed order. No atomics: equal input gives equal bits.
 
 Bytes, for M rows, s bytes an element, S slices: read y: M D s, x: M D s, h and t: 2 M r s (again from the L2 cache by
 every column block); write and read `partial`: 2 * S * (2 D r + 2 D) * 4. S is chosen so that one wave of programs
@@ -67,8 +67,9 @@ def sparse_adapter_bwd_weight_kernel(
 ):
     """One program: one slice and BLOCK_COLUMNS columns, BLOCK_ROWS tokens at a time.
 
-    Segment i is piece i % pieces, of piece_rows rows, of group i // pieces. partial: float32
-    `[S, 2 D r + 2 D]`: dU, dW, dg, db. ACCUMULATE: a slice may have several segments. up_sums: float32 `[segments, D]`, sum y. down_sums: `[segments, r]`, sum t.
+    Segment i is piece i % pieces, of piece_rows rows, of group i // pieces. ACCUMULATE: a slice may have several.
+    partial: float32 `[S, 2 D r + 2 D]`: dU, dW, dg, db. up_sums: float32 `[segments, D]`, sum y. down_sums: float32
+    `[segments, r]`, sum t.
     """
     COLUMN_BLOCKS: tl.constexpr = triton.cdiv(WIDTH, BLOCK_COLUMNS)
     EVEN_COLUMNS: tl.constexpr = WIDTH % BLOCK_COLUMNS == 0
@@ -130,9 +131,7 @@ def sparse_adapter_bwd_weight_kernel(
         grad_bias = tl.sum(down_sums, axis=0)  # sum t
         segment_row = segment.to(tl.int64)
         tl.store(up_sums_ptr + segment_row * WIDTH + columns, tl.sum(up_sums, axis=0), mask=column_valid)
-        tl.store(
-            down_sums_ptr + segment_row * BOTTLENECK + ranks, grad_bias, mask=rank_valid & (column_block == 0)
-        )
+        tl.store(down_sums_ptr + segment_row * BOTTLENECK + ranks, grad_bias, mask=rank_valid & (column_block == 0))
 
         # What this segment's group owns of its products goes to the slice: stored first, added to later.
         later = index > 0

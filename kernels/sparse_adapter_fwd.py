@@ -240,26 +240,28 @@ def sparse_adapter_fwd(problem: Problem, skip: Tensor | None, save: bool) -> tup
     stats = launching.empty((p.in_rows if save and p.norm_weight is not None else 0, 2), p.sum_dtype, device)
     pre = launching.empty((rows if save else 0, bottleneck), p.product_dtype, device)
     vectors = launching.empty((p.groups if save else 0, 2, bottleneck), p.sum_dtype, device)
-    if rows:
+    if not rows:
+        vectors.zero_()  # no program comes to write it
+        return out, stats, pre, vectors
 
-        def run(tile: tuning.Tile) -> None:
-            launching.launch(
-                sparse_adapter_fwd_kernel,
-                (triton.cdiv(p.rows_per_group, tile.rows) * p.groups,),
-                tile,
-                **p.arguments(),
-                skip_ptr=skip,
-                norm_bias_ptr=p.norm_bias,
-                out_ptr=out,
-                stats_ptr=stats if stats.numel() else None,
-                pre_ptr=pre if save else None,
-                vectors_ptr=vectors if save else None,
-                eps=p.eps,
-                ADD_INPUT=p.add_input,
-                BLOCK_ROWS=tile.rows,
-                BLOCK_COLUMNS=tile.columns,
-                BLOCK_BOTTLENECK=p.block_bottleneck,
-            )
+    def run(tile: tuning.Tile) -> None:
+        launching.launch(
+            sparse_adapter_fwd_kernel,
+            (triton.cdiv(p.rows_per_group, tile.rows) * p.groups,),
+            tile,
+            **p.arguments(),
+            skip_ptr=skip,
+            norm_bias_ptr=p.norm_bias,
+            out_ptr=out,
+            stats_ptr=stats if stats.numel() else None,
+            pre_ptr=pre if save else None,
+            vectors_ptr=vectors if save else None,
+            eps=p.eps,
+            ADD_INPUT=p.add_input,
+            BLOCK_ROWS=tile.rows,
+            BLOCK_COLUMNS=tile.columns,
+            BLOCK_BOTTLENECK=p.block_bottleneck,
+        )
 
-        run(tuning.choose("forward", p, run))
+    run(tuning.choose("forward", p, run))
     return out, stats, pre, vectors

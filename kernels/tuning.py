@@ -63,8 +63,8 @@ class Key:
 # By (D, r, dtype, architecture): what a search found better than the default on the chip. Empty until one was measured.
 TABLE: dict[Key, Tile] = {}
 
-# By kernel and kind of call, then by bytes of a product's element and r padded to a power of two, at least 64. These are
-# the largest tiles found that compile without spills for sm_80 and sm_90 with every option on; no clock has seen them.
+# By kernel and kind of call, then by bytes of a product's element and r padded to a power of two, at least 64. These
+# are the largest tiles found that compile without spills for sm_80 and sm_90, every option on; no clock has seen them.
 # Large, since each program reads all weights again: at 128 rows of D = 768 in bfloat16 they are 0.4 MB from L2 beside
 # 0.6 MB of activations. One program of 8 warps a multiprocessor then hides memory behind its pipeline. Exact float32
 # products run without tensor cores and want small tiles.
@@ -211,8 +211,7 @@ def search(key: Key, run: Callable[[Tile], None]) -> Tile:
     _searched()[str(key)] = best
     path = cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
-    saved = json.loads(path.read_text()) if path.exists() else {}
-    saved[str(key)] = asdict(best)
+    saved = {name: asdict(tile) for name, tile in (_read(path) | {str(key): best}).items()}
     # Another process may write at the same time: a rename is whole or not at all.
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     partial.write_text(json.dumps(saved, indent=1, sort_keys=True))
@@ -228,6 +227,13 @@ def cache_file() -> Path:
 
 @lru_cache
 def _searched() -> dict[str, Tile]:
-    """What the cache file holds, read once a process."""
-    path = cache_file()
-    return {key: Tile(**tile) for key, tile in json.loads(path.read_text()).items()} if path.exists() else {}
+    """What earlier searches found, read once a process."""
+    return _read(cache_file())
+
+
+def _read(path: Path) -> dict[str, Tile]:
+    """A cache file's tiles; a file that is not there or cannot be read has none, and is searched and written anew."""
+    try:
+        return {key: Tile(**tile) for key, tile in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, TypeError):
+        return {}

@@ -125,9 +125,9 @@ def recording(architecture: str, tile: tuning.Tile | None = None) -> Iterator[li
         choose = lambda *_: tile  # noqa: E731
     with (
         mock.patch.object(launching, "launch", record),
-        mock.patch.object(tuning, "architecture", lambda device: architecture),
+        mock.patch.object(tuning, "architecture", return_value=architecture),
         mock.patch.object(tuning, "choose", choose),
-        mock.patch.object(sparse_adapter_bwd_module, "multiprocessors", lambda device: MULTIPROCESSORS),
+        mock.patch.object(sparse_adapter_bwd_module, "multiprocessors", return_value=MULTIPROCESSORS),
     ):
         yield launches
 

@@ -88,7 +88,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     ),
 )
 def sparse_adapter_backward_op(*arguments: Any) -> list[Tensor]:
-    """Backward: the gradients of x, skip (forked only), norm_weight, ..., up_bias (PARAMETERS) and scale, in that order.
+    """Backward: the gradients of x, of skip (forked only), of PARAMETERS and of scale, in that order.
 
     Only those that were asked for are in the list; a norm that is absent has no gradients.
     """

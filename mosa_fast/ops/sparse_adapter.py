@@ -64,10 +64,7 @@ def sparse_adapter(
         ValueError: an argument does not fit; the message names it, what came and what was expected.
         RuntimeError: the backend that was asked for cannot serve.
     """
-    if isinstance(seed, Tensor):
-        seed = seed.reshape(-1)
-    else:  # full, not tensor: a fill on the device neither waits for it nor breaks a graph that is being captured
-        seed = torch.full((1,), seed, dtype=torch.int64, device=x.device)
+    seed = _as_tensor(seed, x.device)
     _check_tensors(x, skip, norm_weight, norm_bias, down_weight, up_weight, down_init, down_owner, up_owner)
     _check_bias("down_bias", down_bias, down_owner, down_weight.shape[0], x)
     _check_bias("up_bias", up_bias, up_owner, up_weight.shape[0], x)
@@ -125,6 +122,13 @@ def sparse_adapter(
         fork=fork,
         eps=eps,
     )
+
+
+def _as_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
+    if isinstance(seed, Tensor):
+        return seed.reshape(-1)
+    # full, not tensor: a fill on the device neither waits for it nor breaks a graph that is being captured.
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
 def _check_tensors(

@@ -144,7 +144,9 @@ def test_without_gradients_nothing_is_saved(monkeypatch):
 
     saves = []
     forward = kernels.sparse_adapter_fwd
-    monkeypatch.setattr(kernels, "sparse_adapter_fwd", lambda p, skip, save: (saves.append(save), forward(p, skip, save))[1])
+    monkeypatch.setattr(
+        kernels, "sparse_adapter_fwd", lambda p, skip, save: (saves.append(save), forward(p, skip, save))[1]
+    )
     arguments = make(Case("inference"), torch.float32, "cpu")
     with backend("triton"):
         plain = sparse_adapter(**arguments)

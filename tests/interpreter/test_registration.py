@@ -52,7 +52,9 @@ class Block(nn.Module):
     def __init__(self, case: Case):
         super().__init__()
         arguments = make(case, torch.float32, "cpu")
-        self.mlp = nn.Sequential(nn.LayerNorm(case.width), nn.Linear(case.width, 40), nn.GELU(), nn.Linear(40, case.width))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(case.width), nn.Linear(case.width, 40), nn.GELU(), nn.Linear(40, case.width)
+        )
         self.options = {}
         for name, value in arguments.items():
             if name in ("x", "skip", "experts"):
