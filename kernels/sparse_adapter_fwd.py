@@ -98,13 +98,13 @@ def sparse_adapter_fwd_kernel(
     # Pass 1: statistics and projection.
     projected = tl.zeros([BLOCK_ROWS, BLOCK_BOTTLENECK], tl.float32)
     weight_bias = tl.zeros([BLOCK_BOTTLENECK], tl.float32)  # W b
+    weight_sums = tl.zeros([BLOCK_BOTTLENECK], tl.float32)  # w
     if norm_weight_ptr is not None:
         columns = tl.arange(0, BLOCK_COLUMNS)
         first = load_tile(x_rows + columns[None, :], columns[None, :] < WIDTH, EVEN_COLUMNS).to(tl.float32)
         pivot = tl.sum(first, axis=1) / FIRST_COLUMNS
         total = tl.zeros([BLOCK_ROWS], tl.float32)
         squares = tl.zeros([BLOCK_ROWS], tl.float32)
-        weight_sums = tl.zeros([BLOCK_BOTTLENECK], tl.float32)  # w
     for start in range(0, WIDTH, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         column_valid = columns < WIDTH
@@ -155,8 +155,8 @@ def sparse_adapter_fwd_kernel(
         tl.store(pre_rows + ranks[None, :], projected.to(PRODUCT), mask=row_valid[:, None] & rank_valid[None, :])
         first_block = rank_valid & (block == 0)
         tl.store(vectors_ptr + group * 2 * BOTTLENECK + ranks, bias, mask=first_block)
+        tl.store(vectors_ptr + (group * 2 + 1) * BOTTLENECK + ranks, weight_sums, mask=first_block)
         if norm_weight_ptr is not None:
-            tl.store(vectors_ptr + (group * 2 + 1) * BOTTLENECK + ranks, weight_sums, mask=first_block)
             writes = row_valid & (group == 0) if FORK else row_valid
             tl.store(stats_ptr + in_rows * 2, pivot + mean, mask=writes)
             tl.store(stats_ptr + in_rows * 2 + 1, rstd, mask=writes)
@@ -230,7 +230,7 @@ def sparse_adapter_fwd(problem: Problem, skip: Tensor | None, save: bool) -> tup
         out: `[M, D]`, the promoted dtype of x and skip.
         stats: float32 `[T, 2]`, mean and 1 / std of every row of x; `[0, 2]` unless saved and normed.
         pre: `[M, r]` in the product dtype, the projection without its biases; `[0, r]` unless saved.
-        vectors: float32 `[V, 2, r]`, e and w above (w only with a norm); `[0, 2, r]` unless saved.
+        vectors: float32 `[V, 2, r]`, e and w above (w = 0 without a norm); `[0, 2, r]` unless saved.
     """
     p = problem
     rows, width, bottleneck = p.out_rows, p.width, p.bottleneck
