@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from typing import TypeVar
 
 import torch
 
 BACKENDS = ("reference", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "MOSA_FAST_BACKEND"
+LEAST_CAPABILITY = (8, 0)  # Ampere: bfloat16 tensor cores and asynchronous copies
 
 _selected: str | None = None  # None: what the environment variable says, else auto
+
+
+_F = TypeVar("_F", bound=Callable[..., object])
+
+
+def _constant(function: _F) -> _F:
+    """Tell torch.compile that the answer stays the same within a process: it cannot trace the question.
+
+    What torch.compiler.assume_constant_result does, without its import of the compiler (1.5 s).
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def set_backend(name: str) -> None:
@@ -63,17 +79,56 @@ def resolve_backend(device: torch.device, dtype: torch.dtype) -> str:
         if device.type != "cuda" or dtype == torch.float64:
             return "reference"
         return next((b for b in ("triton", "cuda") if unavailable_reason(b) is None), "reference")
-    reason = unavailable_reason(name)
+    reason = unavailable_reason(name) or _unserved(name, device, dtype)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot serve: {reason}")
     return name
 
 
+@_constant
 def unavailable_reason(name: str) -> str | None:
     """None when the backend can serve on this machine, else why not, in a few words."""
+    return _unavailable_reason(name)
+
+
+@lru_cache
+def _unavailable_reason(name: str) -> str | None:
     if name == "reference":
         return None
-    return f"this version has no {name} kernels"
+    if name == "cuda":
+        return "the CUDA C++ extension is not built into this version"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "no GPU is visible, and TRITON_INTERPRET=1 is not set"
+    if torch.version.hip is None:
+        capability = torch.cuda.get_device_capability()
+        if capability < LEAST_CAPABILITY:
+            return f"compute capability {_dotted(capability)} is below {_dotted(LEAST_CAPABILITY)}"
+    return None
+
+
+@_constant
+def interpreted() -> bool:
+    """Whether Triton interprets kernels on the CPU instead of compiling them: slow, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _unserved(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why an available backend does not take tensors of this device and dtype."""
+    if name == "reference":
+        return None
+    if dtype == torch.float64:
+        return "float64 is for the reference backend"
+    if device.type != "cuda" and not (name == "triton" and interpreted()):
+        return f"it takes tensors on a GPU, these are on {device}"
+    return None
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(str(part) for part in version)
 
 
 def _check(name: str) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mosa_fast.ops import reference
 from mosa_fast.ops.backends import resolve_backend
+from mosa_fast.ops.registration import sparse_adapter_op
 
 
 def sparse_adapter(
@@ -63,13 +64,43 @@ def sparse_adapter(
         ValueError: an argument does not fit; the message names it, what came and what was expected.
         RuntimeError: the backend that was asked for cannot serve.
     """
-    seed = seed.reshape(-1) if isinstance(seed, Tensor) else torch.tensor([seed], dtype=torch.int64, device=x.device)
+    seed = _as_tensor(seed, x.device)
     _check_tensors(x, skip, norm_weight, norm_bias, down_weight, up_weight, down_init, down_owner, up_owner)
     _check_bias("down_bias", down_bias, down_owner, down_weight.shape[0], x)
     _check_bias("up_bias", up_bias, up_owner, up_weight.shape[0], x)
     _check_routing(x, experts, seed, fork)
     _check_options(x, activation, scale, dropout)
-    resolve_backend(x.device, x.dtype)
+    name = resolve_backend(x.device, x.dtype)
+    if name != "reference":
+        tensors = (
+            x,
+            skip,
+            norm_weight,
+            norm_bias,
+            down_weight,
+            down_bias,
+            up_weight,
+            up_bias,
+            down_init,
+            down_owner,
+            up_owner,
+            experts,
+            scale if isinstance(scale, Tensor) else None,
+            seed if dropout > 0 else None,
+        )
+        out, *_saved = sparse_adapter_op(
+            *tensors,
+            activation,
+            1.0 if isinstance(scale, Tensor) else float(scale),
+            float(dropout),
+            add_input,
+            fork,
+            float(eps),
+            reference.compute_dtype(x),
+            torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors),
+            name,
+        )
+        return out
     return reference.sparse_adapter(
         x,
         skip,
@@ -91,6 +122,13 @@ def sparse_adapter(
         fork=fork,
         eps=eps,
     )
+
+
+def _as_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
+    if isinstance(seed, Tensor):
+        return seed.reshape(-1)
+    # full, not tensor: a fill on the device neither waits for it nor breaks a graph that is being captured.
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
 def _check_tensors(

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -27,3 +30,29 @@ def test_unknown_names_are_refused(monkeypatch):
 def test_the_environment_variable_selects(monkeypatch):
     monkeypatch.setenv("MOSA_FAST_BACKEND", "reference")
     assert backends.get_backend() == "reference"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU serves it")
+def test_a_backend_that_cannot_serve_says_why(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(
+        RuntimeError, match="backend 'triton' cannot serve: (no GPU is visible|triton is not installed)"
+    ):
+        backends.set_backend("triton")
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot serve: the CUDA C.. extension is not built"):
+        backends.set_backend("cuda")
+    assert backends.get_backend() == "auto"
+
+
+def test_info_names_every_backend():
+    from mosa_fast.info import describe
+
+    text = describe()
+    for name in backends.BACKENDS:
+        assert f"backend {name}" in text
+    assert torch.__version__ in text
+
+
+def test_importing_the_operators_imports_no_kernels():
+    code = "import sys, mosa_fast.ops; assert 'triton' not in sys.modules and 'mosa_fast.kernels' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call of at most 9 minutes: benchmarks/gpu.sh FOLDER
+# Leaves at most 8 small files there; a part that fails or runs out of its time does not stop the others.
+set -u
+out=${1:?usage: benchmarks/gpu.sh FOLDER}
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+cd "$(dirname "$0")/.." || exit 1
+python=${PYTHON:-python}
+export PYTHONUNBUFFERED=1
+started=$SECONDS
+limit=535 # seconds for all parts together
+
+part() { # part SECONDS FILE COMMAND...: run with what time is left, at most SECONDS; the output's end goes to FILE
+    local seconds=$1 file=$2 left=$((limit - (SECONDS - started)))
+    shift 2
+    [ "$left" -lt "$seconds" ] && seconds=$left
+    [ "$seconds" -lt 5 ] && { echo "no time left" >"$out/$file"; return; }
+    echo "== $file ($seconds s at most)"
+    timeout -k 5 "$seconds" "$@" >"$out/$file.full" 2>&1
+    echo "exit status $?" >>"$out/$file.full"
+    tail -c 200000 "$out/$file.full" >"$out/$file"
+    rm -f "$out/$file.full"
+    tail -n 3 "$out/$file"
+}
+
+part 20 info.txt "$python" -m mosa_fast.info
+part 210 tests.txt "$python" -m pytest tests/gpu -q --durations=10
+part 120 benchmark.txt "$python" -m benchmarks.adapter --widths 768 384 1024 1280 --tokens 25216 1576 201728 \
+    --repeats 10 --csv "$out/adapter.csv"
+if command -v ncu >/dev/null; then
+    part 60 ncu.csv ncu --csv --kernel-name regex:'sparse_adapter|sum_' \
+        --metrics dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum,launch__registers_per_thread \
+        "$python" -m benchmarks.adapter --profile --widths 768 --tokens 25216
+fi
+if command -v compute-sanitizer >/dev/null; then
+    small="tests/gpu/test_kernels.py -q -k sanitized"
+    # shellcheck disable=SC2086
+    part 60 sanitizer.txt bash -c "for tool in memcheck racecheck; do
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool \$tool --error-exitcode 9 '$python' -m pytest $small || exit; done"
+fi
+# What is left of the time goes to searching tiles for the commonest shape.
+XDG_CACHE_HOME="$out/cache" MOSA_FAST_AUTOTUNE=1 part 120 tuned.txt "$python" -m benchmarks.adapter \
+    --widths 768 --tokens 25216 --repeats 10
+cat "$out"/cache/mosa_fast/*.json >"$out/tiles.json" 2>/dev/null
+rm -rf "$out/cache"
+ls -l "$out"

@@ -1,0 +1,128 @@
+"""What the forward and the backward kernels share: owned weight tiles, biases, activations, dropout.
+
+Conventions: D is the width, r the bottleneck, E the experts of a projection; an id is -1 (merged) or an expert, and
+any other id owns nothing. Statistics and sums are float32. Tiles are padded to powers of two: columns past D or r are
+loaded as zero, so that they add nothing to a product.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+MERGED = tl.constexpr(-1)  # the expert id that means: all of them, averaged
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+INVERSE_SQRT_TWO_PI = tl.constexpr(0.3989422804014327)  # the normal density at 0
+
+
+@triton.jit
+def load_tile(pointers, mask, EVEN: tl.constexpr, EVICTION: tl.constexpr = ""):
+    """Masked load, without the mask where the tile is known to lie inside: whole 16-byte vectors, no predicates.
+
+    EVICTION: what the L2 cache is told: "evict_last" (it will be read again), "evict_first" (it will not), or "".
+    """
+    if EVEN:
+        tile = tl.load(pointers, eviction_policy=EVICTION)
+    else:
+        tile = tl.load(pointers, mask=mask, other=0, eviction_policy=EVICTION)
+    return tile
+
+
+@triton.jit
+def owned_share(owner, expert, inverse_experts):
+    """How much of each weight the group uses: 1 or 0 for an expert, 1 / E merged. owner: int tile -> float32."""
+    share = tl.where(owner.to(tl.int32) == expert, 1.0, 0.0)
+    return tl.where(expert == MERGED, inverse_experts, share)
+
+
+@triton.jit
+def weight_tile(weight_ptr, init_ptr, owner_ptr, offsets, mask, expert, inverse_experts, EVEN: tl.constexpr):
+    """The weights that the group computes with, W0 + (W - W0) * share, float32, made in registers.
+
+    Reads 4 bytes a weight, 1 more for its owner where the projection is split and 4 more for W0 where there is one.
+    """
+    weight = load_tile(weight_ptr + offsets, mask, EVEN).to(tl.float32)
+    if owner_ptr is not None:
+        share = owned_share(load_tile(owner_ptr + offsets, mask, EVEN), expert, inverse_experts)
+        if init_ptr is not None:
+            init = load_tile(init_ptr + offsets, mask, EVEN).to(tl.float32)
+            weight = init + (weight - init) * share
+        else:
+            weight = weight * share
+    return weight
+
+
+@triton.jit
+def bias_vector(bias_ptr, columns, valid, stride, expert, inverse_experts, EXPERTS: tl.constexpr, SPLIT: tl.constexpr):
+    """The group's bias for some columns: its expert's row of `[E, stride]`, or the mean of all rows. float32.
+
+    All rows form one tile whose unused rows are never read, not a loop: a loop here would keep the compiler from
+    pipelining the loop around it.
+    """
+    if SPLIT:
+        EXPERTS_PADDED: tl.constexpr = triton.next_power_of_2(EXPERTS)
+        rows = tl.arange(0, EXPERTS_PADDED)
+        share = tl.where(rows < EXPERTS, owned_share(rows, expert, inverse_experts), 0.0)[:, None]
+        pointers = bias_ptr + rows[:, None] * stride + columns[None, :]
+        table = tl.load(pointers, mask=(share != 0.0) & valid[None, :], other=0.0).to(tl.float32)
+        bias = tl.sum(table * share, axis=0)
+    else:
+        bias = tl.load(bias_ptr + columns, mask=valid, other=0.0).to(tl.float32)
+    return bias
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr):
+    """GELU (exact), ReLU or SiLU of a float32 tile."""
+    if ACTIVATION == "gelu":
+        hidden = 0.5 * z * (1.0 + tl.math.erf(z * SQRT_HALF))
+    elif ACTIVATION == "relu":
+        hidden = tl.maximum(z, 0.0)
+    else:
+        tl.static_assert(ACTIVATION == "silu", "unknown activation")
+        hidden = z * tl.sigmoid(z)
+    return hidden
+
+
+@triton.jit
+def activation_derivative(z, ACTIVATION: tl.constexpr):
+    """The derivative of `activate` at z."""
+    if ACTIVATION == "gelu":
+        cumulative = 0.5 * (1.0 + tl.math.erf(z * SQRT_HALF))
+        slope = cumulative + z * tl.exp(-0.5 * z * z) * INVERSE_SQRT_TWO_PI
+    elif ACTIVATION == "relu":
+        slope = tl.where(z > 0.0, 1.0, 0.0)
+    else:
+        tl.static_assert(ACTIVATION == "silu", "unknown activation")
+        gate = tl.sigmoid(z)
+        slope = gate * (1.0 + z * (1.0 - gate))
+    return slope
+
+
+@triton.jit
+def dropout_factor(
+    seed_ptr, group, rows, tokens, threshold, keep_scale, FIRST_SAMPLE: tl.constexpr, BLOCK_BOTTLENECK: tl.constexpr
+):
+    """What dropout multiplies the hidden tile by: 0 or 1 / (1 - p); float32 `[rows, BLOCK_BOTTLENECK]`.
+
+    The word of channel c is lane c % 4 of philox(key=seed[0], counter=(c // 4, token, first_sample + sample, group)),
+    as `mosa_fast.ops.philox.dropout_keep` defines it: a quarter of the counters, all four lanes used. The activation
+    survives where its word is at least `threshold`.
+
+    Args:
+        rows: int32, row numbers within the group, sample-major: sample * tokens + token.
+        FIRST_SAMPLE: seed has a second element, the global index of the first sample.
+    """
+    first_sample = tl.load(seed_ptr + 1) if FIRST_SAMPLE else 0
+    quads = tl.arange(0, BLOCK_BOTTLENECK // 4)[None, :]
+    sample = (rows // tokens + first_sample).to(tl.uint32)[:, None]
+    token = (rows % tokens).to(tl.uint32)[:, None]
+    zero = quads.to(tl.uint32) * 0 + token * 0
+    word0, word1, word2, word3 = tl.philox(
+        tl.load(seed_ptr), quads.to(tl.uint32) + zero, token + zero, sample + zero, group.to(tl.uint32) + zero
+    )
+    # Two interleavings put lane l of quad q at channel 4 q + l.
+    even = tl.join(word0, word2).reshape([rows.shape[0], BLOCK_BOTTLENECK // 2])
+    odd = tl.join(word1, word3).reshape([rows.shape[0], BLOCK_BOTTLENECK // 2])
+    words = tl.join(even, odd).reshape([rows.shape[0], BLOCK_BOTTLENECK])
+    return tl.where(words >= threshold.to(tl.uint32), keep_scale, 0.0)

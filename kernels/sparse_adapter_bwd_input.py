@@ -1,0 +1,309 @@
+"""Backward of the sparse adapter towards its input, row by row.
+
+With the notation of sparse_adapter_fwd.py, y = dL/d(out), x^ = (x - mean) rstd, and k the dropout factor of h:
+
+    a  = y U                                                [r]     unscaled gradient of h
+    t  = scale * a * k * act'(p + e)                        [r]     gradient of p, and of e
+    dn = t W diag(g)                                        [D]     gradient of x^
+    dx = rstd (dn - mean(dn) - x^ mean(dn * x^)) + (y if x is added)
+
+The two means of the norm's backward need no pass over D, since dn lies in the span of W diag(g)'s rows:
+
+    mean(dn)      = t . w / D        (w: row sums of W diag(g), saved by the forward)
+    mean(dn * x^) = t . p / D        (x^ (W diag(g))^T = p)
+
+so x is read once, when dx is written. Likewise the scale's gradient, sum(y * (h U^T + b_up)) = sum(h . a + y . b_up).
+Written besides: h (after dropout) and t, in the product dtype, for the weight gradients; they are r wide. A fork sums
+the groups' dx in the same program; y is then read V times.
+
+Bytes, for M rows, s bytes an element: read y: M D s (again from the L2 cache in the second pass), x: M D s, p: M r s;
+write dx: M D s, h and t: 2 M r s. Weights as in the forward.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mosa_fast.kernels.device_functions import (
+    activate,
+    activation_derivative,
+    bias_vector,
+    dropout_factor,
+    load_tile,
+    weight_tile,
+)
+
+
+@triton.jit
+def backward_hidden(
+    grad_ptr,
+    up_weight_ptr,
+    up_bias_ptr,
+    up_owner_ptr,
+    experts_ptr,
+    seed_ptr,
+    pre_ptr,
+    vectors_ptr,
+    hidden_ptr,
+    grad_pre_ptr,
+    group,
+    rows,
+    row_valid,
+    out_rows,
+    scale,
+    tokens,
+    dropout_threshold,
+    dropout_scale,
+    SCALE_GRAD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BOTTLENECK: tl.constexpr,
+    UP_EXPERTS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    FIRST_SAMPLE: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_BOTTLENECK: tl.constexpr,
+):
+    """For one group's rows write h and t; return t and p (float32) and each row's share of the scale's gradient."""
+    EVEN_COLUMNS: tl.constexpr = WIDTH % BLOCK_COLUMNS == 0
+    EVEN_WEIGHTS: tl.constexpr = EVEN_COLUMNS and BOTTLENECK == BLOCK_BOTTLENECK
+    ranks = tl.arange(0, BLOCK_BOTTLENECK)
+    rank_valid = ranks < BOTTLENECK
+    expert = tl.load(experts_ptr + 2 * group + 1)
+    grad_rows = grad_ptr + out_rows[:, None] * WIDTH
+    grad_hidden = tl.zeros([BLOCK_ROWS, BLOCK_BOTTLENECK], tl.float32)  # a
+    scale_rows = tl.zeros([BLOCK_ROWS], tl.float32)
+    for start in range(0, WIDTH, BLOCK_COLUMNS):
+        columns = start + tl.arange(0, BLOCK_COLUMNS)
+        column_valid = columns < WIDTH
+        # Kept in L2 for the second pass.
+        grad = load_tile(grad_rows + columns[None, :], column_valid[None, :], EVEN_COLUMNS, "evict_last")
+        weight = weight_tile(
+            up_weight_ptr,
+            None,
+            up_owner_ptr,
+            columns[:, None] * BOTTLENECK + ranks[None, :],
+            column_valid[:, None] & rank_valid[None, :],
+            expert,
+            1.0 / UP_EXPERTS,
+            EVEN_WEIGHTS,
+        )
+        grad_hidden = tl.dot(grad.to(PRODUCT), weight.to(PRODUCT), grad_hidden, input_precision=PRECISION)
+        if SCALE_GRAD:
+            up_bias = bias_vector(
+                up_bias_ptr,
+                columns,
+                column_valid,
+                WIDTH,
+                expert,
+                1.0 / UP_EXPERTS,
+                UP_EXPERTS,
+                up_owner_ptr is not None,
+            )
+            scale_rows += tl.sum(grad.to(tl.float32) * up_bias[None, :], axis=1)
+
+    tile = out_rows[:, None] * BOTTLENECK + ranks[None, :]
+    tile_valid = row_valid[:, None] & rank_valid[None, :]
+    pre = tl.load(pre_ptr + tile, mask=tile_valid, other=0.0).to(tl.float32)
+    bias = tl.load(vectors_ptr + group * 2 * BOTTLENECK + ranks, mask=rank_valid, other=0.0)
+    z = pre + bias[None, :]
+    hidden = activate(z, ACTIVATION)
+    slope = activation_derivative(z, ACTIVATION)
+    if seed_ptr is not None:
+        keep = dropout_factor(
+            seed_ptr, group, rows, tokens, dropout_threshold, dropout_scale, FIRST_SAMPLE, BLOCK_BOTTLENECK
+        )
+        hidden *= keep
+        slope *= keep
+    if SCALE_GRAD:
+        scale_rows = tl.where(row_valid, scale_rows + tl.sum(hidden * grad_hidden, axis=1), 0.0)
+    grad_pre = scale * grad_hidden * slope
+    tl.store(hidden_ptr + tile, hidden.to(PRODUCT), mask=tile_valid)
+    tl.store(grad_pre_ptr + tile, grad_pre.to(PRODUCT), mask=tile_valid)
+    return grad_pre, pre, scale_rows
+
+
+@triton.jit(do_not_specialize=["rows_per_group", "tokens", "groups", "dropout_threshold"])
+def sparse_adapter_bwd_input_kernel(
+    grad_ptr,
+    x_ptr,
+    norm_weight_ptr,
+    down_weight_ptr,
+    down_bias_ptr,
+    up_weight_ptr,
+    up_bias_ptr,
+    down_init_ptr,
+    down_owner_ptr,
+    up_owner_ptr,
+    experts_ptr,
+    scale_ptr,
+    seed_ptr,
+    stats_ptr,
+    pre_ptr,
+    vectors_ptr,
+    grad_x_ptr,
+    grad_skip_ptr,
+    hidden_ptr,
+    grad_pre_ptr,
+    scale_partial_ptr,
+    rows_per_group,
+    tokens,
+    groups,
+    scale,
+    dropout_threshold,
+    dropout_scale,
+    WIDTH: tl.constexpr,
+    BOTTLENECK: tl.constexpr,
+    DOWN_EXPERTS: tl.constexpr,
+    UP_EXPERTS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ADD_INPUT: tl.constexpr,
+    FORK: tl.constexpr,
+    FIRST_SAMPLE: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_BOTTLENECK: tl.constexpr,
+):
+    """One program: BLOCK_ROWS rows of x, with all the groups that read them (one, unless forked).
+
+    grad_skip_ptr: only for a fork, where the skip's gradient is a sum. grad_x_ptr: None where x needs no gradient.
+    scale_partial_ptr: float32, one number a program.
+    """
+    EVEN_COLUMNS: tl.constexpr = WIDTH % BLOCK_COLUMNS == 0
+    EVEN_WEIGHTS: tl.constexpr = EVEN_COLUMNS and BOTTLENECK == BLOCK_BOTTLENECK
+    if FORK:
+        block = tl.program_id(0)
+        first_group = block * 0
+        groups_here = groups
+    else:
+        block = tl.program_id(0) // groups
+        first_group = tl.program_id(0) % groups
+        groups_here = 1
+    rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_valid = rows < rows_per_group
+    rows = tl.minimum(rows, rows_per_group - 1)
+    in_rows = rows.to(tl.int64) if FORK else first_group.to(tl.int64) * rows_per_group + rows
+    ranks = tl.arange(0, BLOCK_BOTTLENECK)
+    rank_valid = ranks < BOTTLENECK
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr).to(tl.float32)
+
+    grad_mean = tl.zeros([BLOCK_ROWS], tl.float32)  # mean(dn)
+    grad_product_mean = tl.zeros([BLOCK_ROWS], tl.float32)  # mean(dn * x^)
+    scale_rows = tl.zeros([BLOCK_ROWS], tl.float32)
+    grad_pre = tl.zeros([BLOCK_ROWS, BLOCK_BOTTLENECK], tl.float32)
+    for index in range(groups_here):
+        group = first_group + index
+        grad_pre, pre, scale_part = backward_hidden(
+            grad_ptr,
+            up_weight_ptr,
+            up_bias_ptr,
+            up_owner_ptr,
+            experts_ptr,
+            seed_ptr,
+            pre_ptr,
+            vectors_ptr,
+            hidden_ptr,
+            grad_pre_ptr,
+            group,
+            rows,
+            row_valid,
+            group.to(tl.int64) * rows_per_group + rows,
+            scale,
+            tokens,
+            dropout_threshold,
+            dropout_scale,
+            scale_partial_ptr is not None,
+            WIDTH,
+            BOTTLENECK,
+            UP_EXPERTS,
+            ACTIVATION,
+            FIRST_SAMPLE,
+            PRODUCT,
+            PRECISION,
+            BLOCK_ROWS,
+            BLOCK_COLUMNS,
+            BLOCK_BOTTLENECK,
+        )
+        scale_rows += scale_part
+        if norm_weight_ptr is not None:
+            weight_sums = tl.load(vectors_ptr + (group * 2 + 1) * BOTTLENECK + ranks, mask=rank_valid, other=0.0)
+            grad_mean += tl.sum(grad_pre * weight_sums[None, :], axis=1) / WIDTH
+            grad_product_mean += tl.sum(grad_pre * pre, axis=1) / WIDTH
+    if scale_partial_ptr is not None:
+        tl.store(scale_partial_ptr + tl.program_id(0), tl.sum(scale_rows, axis=0))
+
+    if grad_x_ptr is not None or grad_skip_ptr is not None:
+        if norm_weight_ptr is not None:
+            mean = tl.load(stats_ptr + in_rows * 2)
+            rstd = tl.load(stats_ptr + in_rows * 2 + 1)
+        if FORK:
+            tl.debug_barrier()  # the groups' t, written above, are read again below by other threads
+        grad_pre_tile = grad_pre.to(PRODUCT)
+        # What one group alone reads is read one block ahead, so that memory is busy during this block's product.
+        NEED_X: tl.constexpr = norm_weight_ptr is not None and grad_x_ptr is not None
+        NEED_DIRECT: tl.constexpr = ADD_INPUT or grad_skip_ptr is not None
+        x_rows = x_ptr + in_rows[:, None] * WIDTH
+        columns = tl.arange(0, BLOCK_COLUMNS)
+        if NEED_X:
+            next_x = load_tile(x_rows + columns[None, :], columns[None, :] < WIDTH, EVEN_COLUMNS)
+        if NEED_DIRECT and not FORK:
+            grad_rows = grad_ptr + in_rows[:, None] * WIDTH
+            next_grad = load_tile(grad_rows + columns[None, :], columns[None, :] < WIDTH, EVEN_COLUMNS)
+        for start in range(0, WIDTH, BLOCK_COLUMNS):
+            columns = start + tl.arange(0, BLOCK_COLUMNS)
+            column_valid = columns < WIDTH
+            ahead = (columns + BLOCK_COLUMNS)[None, :]
+            tile = in_rows[:, None] * WIDTH + columns[None, :]
+            tile_valid = row_valid[:, None] & column_valid[None, :]
+            if NEED_X:
+                x = next_x
+                next_x = load_tile(x_rows + ahead, ahead < WIDTH, False)
+            if NEED_DIRECT:
+                if FORK:
+                    direct = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)  # sum of y over the groups
+                else:
+                    direct = next_grad
+                    next_grad = load_tile(grad_rows + ahead, ahead < WIDTH, False)
+            if norm_weight_ptr is not None:
+                norm_weight = load_tile(norm_weight_ptr + columns, column_valid, EVEN_COLUMNS).to(tl.float32)
+            grad_normed = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)  # dn
+            for index in range(groups_here):
+                group = first_group + index
+                if FORK:
+                    out_rows = group.to(tl.int64) * rows_per_group + rows
+                    if NEED_DIRECT:
+                        grad_tile = grad_ptr + out_rows[:, None] * WIDTH + columns[None, :]
+                        direct += load_tile(grad_tile, column_valid[None, :], EVEN_COLUMNS).to(tl.float32)
+                    grad_pre_rows = grad_pre_ptr + out_rows[:, None] * BOTTLENECK + ranks[None, :]
+                    grad_pre_tile = tl.load(grad_pre_rows, mask=rank_valid[None, :], other=0.0)
+                if grad_x_ptr is not None:
+                    weight = weight_tile(
+                        down_weight_ptr,
+                        down_init_ptr,
+                        down_owner_ptr,
+                        ranks[:, None] * WIDTH + columns[None, :],
+                        rank_valid[:, None] & column_valid[None, :],
+                        tl.load(experts_ptr + 2 * group),
+                        1.0 / DOWN_EXPERTS,
+                        EVEN_WEIGHTS,
+                    )
+                    if norm_weight_ptr is not None:
+                        weight *= norm_weight[None, :]
+                    grad_normed = tl.dot(grad_pre_tile, weight.to(PRODUCT), grad_normed, input_precision=PRECISION)
+            if grad_skip_ptr is not None:
+                tl.store(grad_skip_ptr + tile, direct.to(grad_skip_ptr.dtype.element_ty), mask=tile_valid)
+            if grad_x_ptr is not None:
+                grad_x = grad_normed
+                if norm_weight_ptr is not None:
+                    normed = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
+                    grad_x = grad_x - grad_mean[:, None] - normed * grad_product_mean[:, None]
+                    grad_x *= rstd[:, None]
+                if ADD_INPUT:
+                    grad_x += direct.to(tl.float32)
+                tl.store(grad_x_ptr + tile, grad_x.to(grad_x_ptr.dtype.element_ty), mask=tile_valid)

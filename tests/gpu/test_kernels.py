@@ -1,0 +1,160 @@
+"""What only a GPU can show: the interpreter's cases in real precision, bfloat16, graphs, compilation, huge tensors."""
+
+import pytest
+import torch
+from kernel_cases import CASES, DIFFERENTIABLE, Case, check, compare, error, make, poisoned, run, variant
+
+from mosa_fast.ops import backend, sparse_adapter
+
+pytestmark = pytest.mark.gpu
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+VITS = [
+    variant(CASES[0], name=f"vit_{width}_{rank}", width=width, bottleneck=rank, samples=4, tokens=197, experts=4)
+    for width, rank in ((384, 64), (768, 64), (1024, 16), (1280, 64), (768, 128), (768, 256), (768, 48))
+]
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    """No TF32: the reference must not round either."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES + VITS, ids=str)
+def test_output_and_gradients(case, dtype):
+    check(case, dtype, "cuda")
+
+
+# Small enough for compute-sanitizer; `benchmarks/gpu.sh` selects them by name.
+@pytest.mark.parametrize("name", ["default", "fork_of_three_groups", "odd_widths", "several_segments_a_slice"])
+def test_sanitized(name):
+    check(next(case for case in CASES if case.name == name), torch.float16, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("skip_dtype", [torch.float32, None], ids=str)
+def test_autocast(dtype, skip_dtype):
+    case = variant(VITS[1], skip_dtype=skip_dtype or dtype)
+    arguments = make(case, torch.float32, "cuda")
+    oracle = run("reference", arguments, dtype=torch.float64)
+    eager = run("reference", arguments, autocast=dtype)
+    with poisoned():
+        ours = run("triton", arguments, autocast=dtype)
+    compare(ours, eager, oracle, dtype)
+
+
+def test_auto_selects_the_kernels(monkeypatch):
+    from mosa_fast.kernels import launching
+
+    launched = []
+    launch = launching.launch
+    monkeypatch.setattr(launching, "launch", lambda *a, **k: (launched.append(1), launch(*a, **k)))
+    with backend("auto"):
+        sparse_adapter(**make(CASES[0], torch.bfloat16, "cuda"))
+    assert launched
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_inputs_give_the_same_bits(dtype):
+    arguments = make(variant(VITS[1], samples=64), dtype, "cuda")
+    first, second = run("triton", arguments), run("triton", arguments)
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+
+
+def test_graph_replay_follows_the_experts():
+    case = variant(VITS[1], scale=torch.tensor(0.3))
+    arguments = make(case, torch.bfloat16, "cuda")
+    leaves = {}
+    for name in DIFFERENTIABLE:
+        leaves[name] = arguments[name] = arguments[name].detach().requires_grad_()
+    arguments["seed"] = torch.tensor([5], device="cuda")
+    grad = torch.randn_like(arguments["x"])
+
+    def step():
+        with backend("triton"):
+            out = sparse_adapter(**arguments)
+        return [out, *torch.autograd.grad(out, list(leaves.values()), grad)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for experts, seed in (([[0, 1], [2, 3]], 6), ([[-1, 2], [1, -1]], 7)):
+        arguments["experts"].copy_(torch.tensor(experts, dtype=torch.int32))
+        arguments["seed"].fill_(seed)
+        graph.replay()
+        replayed = [value.detach().clone() for value in captured]
+        for value, expected in zip(replayed, step(), strict=True):
+            assert torch.equal(value, expected)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compile_without_graph_breaks(autocast):
+    arguments = make(VITS[0], torch.float32, "cuda")
+    arguments["seed"] = torch.tensor([5], device="cuda")
+    compiled = torch.compile(sparse_adapter, fullgraph=True)
+
+    def step(operator):
+        leaves = {name: arguments[name].detach().clone().requires_grad_() for name in DIFFERENTIABLE if name != "scale"}
+        with backend("triton"), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            out = operator(**arguments | leaves)
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), list(leaves.values()))]
+
+    for ours, expected in zip(step(compiled), step(sparse_adapter), strict=True):
+        assert error(ours, expected.double()) < 1e-6
+
+
+def test_more_elements_than_32_bits_count():
+    width, tokens = 768, 197
+    samples = 3_000_000_000 // (width * tokens) + 1
+    if torch.cuda.mem_get_info()[0] < 40 * GIB:
+        pytest.skip("needs 40 GiB of free memory")
+    case = Case("huge", width=width, bottleneck=16, samples=2, tokens=tokens, groups=((0, 1),), dropout=0.1)
+    arguments = make(case, torch.bfloat16, "cuda")
+    arguments["seed"] = torch.tensor([3], device="cuda")
+    arguments["skip"] = None
+    small = run("triton", arguments, ("x",))
+    huge = dict(arguments)
+    # The same two samples at both ends, zeros between them; dropout tells samples apart, so the last ones differ.
+    huge["x"] = torch.zeros(samples, tokens, width, dtype=torch.bfloat16, device="cuda")
+    huge["x"][:2], huge["x"][-2:] = arguments["x"], arguments["x"]
+    with backend("triton"):
+        out = sparse_adapter(**huge)
+        assert torch.equal(out[:2], small["out"])
+        last = arguments | {"seed": torch.tensor([3, samples - 2], device="cuda")}
+        expected = run("triton", last, ("x",))
+        assert torch.equal(out[-2:], expected["out"])
+        del out
+        x = huge.pop("x").requires_grad_()
+        out = sparse_adapter(x=x, **huge)
+        grad = torch.zeros_like(out)
+        grad[-2:] = 1
+        (gradient,) = torch.autograd.grad(out, x, grad)
+    leaf = arguments["x"].detach().requires_grad_()
+    with backend("triton"):
+        (truth,) = torch.autograd.grad(sparse_adapter(**last | {"x": leaf}).sum(), leaf)
+    assert torch.equal(gradient[-2:], truth)
+    assert not gradient[:-2].any()
+
+
+def test_other_batch_sizes_do_not_compile_again():
+    """Kernels are specialised on widths and options, not on the number of tokens."""
+    from mosa_fast.kernels.sparse_adapter_fwd import sparse_adapter_fwd_kernel as kernel
+
+    counts = []
+    for samples in (2, 6, 34):
+        with backend("triton"):
+            sparse_adapter(**make(variant(VITS[0], samples=samples), torch.bfloat16, "cuda"))
+        counts.append(sum(len(cache[0]) for cache in kernel.device_caches.values()))
+    assert counts[1] == counts[2]

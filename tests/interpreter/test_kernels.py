@@ -1,0 +1,182 @@
+"""The Triton kernels in Triton's interpreter, against the reference in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import CASES, Case, check, compare, make, poisoned, run, variant
+
+from mosa_fast.ops import backend, sparse_adapter
+
+DTYPES = [torch.float32, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_output_and_gradients(case, dtype):
+    check(case, dtype, "cpu")
+
+
+@st.composite
+def random_cases(draw):
+    experts = draw(st.integers(1, 5))
+    groups = draw(st.integers(1, 3))
+    pair = st.tuples(st.integers(-1, experts - 1), st.integers(-1, experts - 1))
+    fork = draw(st.booleans())
+    return Case(
+        "random",
+        width=draw(st.integers(1, 140)),
+        bottleneck=draw(st.integers(1, 40)),
+        samples=draw(st.integers(1, 3)) * (1 if fork else groups),
+        tokens=draw(st.integers(1, 40)),
+        experts=experts,
+        groups=tuple(draw(st.lists(pair, min_size=groups, max_size=groups))),
+        split_down=draw(st.booleans()),
+        split_up=draw(st.booleans()),
+        init=draw(st.booleans()),
+        norm=draw(st.booleans()),
+        skip=draw(st.booleans()),
+        add_input=draw(st.booleans()),
+        fork=fork,
+        activation=draw(st.sampled_from(["gelu", "relu", "silu"])),
+        dropout=draw(st.sampled_from([0.0, 0.4])),
+    )
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@given(random_cases(), st.sampled_from(DTYPES))
+def test_shapes_and_options_at_random(case, dtype):
+    # A norm over one or two columns has a variance near eps, where any arithmetic is ill-conditioned.
+    check(case if case.width > 8 else variant(case, norm=False), dtype, "cpu")
+
+
+@pytest.mark.parametrize("skip_dtype", [torch.float32, torch.float16], ids=str)
+def test_autocast_rounds_the_products_only(skip_dtype):
+    arguments = make(Case("autocast", skip_dtype=skip_dtype, dropout=0.2, width=72), torch.float32, "cpu")
+    oracle = run("reference", arguments, dtype=torch.float64)
+    eager = run("reference", arguments, autocast=torch.float16)
+    with poisoned():
+        ours = run("triton", arguments, autocast=torch.float16)
+    assert ours["out"].dtype == torch.float32
+    compare(ours, eager, oracle, torch.float16)
+
+
+def test_non_contiguous_and_expanded_inputs():
+    arguments = make(Case("strided"), torch.float32, "cpu")
+    strided = dict(arguments)
+    strided["x"] = arguments["x"].transpose(0, 1).contiguous().transpose(0, 1)
+    strided["skip"] = arguments["skip"][:1].expand_as(arguments["x"])
+    strided["up_weight"] = arguments["up_weight"].T.contiguous().T
+    strided["down_owner"] = arguments["down_owner"].T.contiguous().T
+    assert not strided["x"].is_contiguous()
+    plain = {k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in strided.items()}
+    with backend("triton"):
+        assert torch.equal(sparse_adapter(**strided), sparse_adapter(**plain))
+    results, expected = run("triton", strided), run("triton", plain)
+    for key, value in expected.items():
+        assert torch.equal(results[key], value), key
+
+
+def test_expanded_output_gradient():
+    arguments = make(Case("sum"), torch.float32, "cpu")
+    arguments["x"].requires_grad_()
+    gradients = []
+    for name in ("triton", "reference"):
+        with backend(name):
+            gradients += torch.autograd.grad(sparse_adapter(**arguments).sum(), arguments["x"])
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_same_inputs_give_the_same_bits():
+    arguments = make(CASES[0], torch.float16, "cpu")
+    first, second = run("triton", arguments), run("triton", arguments)
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+
+
+@pytest.mark.parametrize("rows", [16, 32])
+def test_dropout_does_not_depend_on_the_grid(rows, monkeypatch):
+    """With an identity of weights the output shows which activations were kept: those that the map says."""
+    from mosa_fast.kernels import tuning
+    from mosa_fast.ops.philox import dropout_keep
+
+    monkeypatch.setattr(tuning, "INTERPRETER", tuning.Tile(rows, 64, stages=1))
+    size, samples, tokens = 20, 4, 11
+    seed = torch.tensor([-(2**62) + 3, 2**31 - 2])
+    out = sparse_adapter_with(
+        x=torch.ones(samples, tokens, size),
+        down_weight=torch.eye(size),
+        up_weight=torch.eye(size),
+        experts=torch.tensor([[0, 0], [0, 0]], dtype=torch.int32),
+        dropout=0.37,
+        seed=seed,
+        activation="relu",
+    )
+    kept = dropout_keep(seed, 0.37, 2, samples // 2, tokens, size).flatten(0, 1)
+    torch.testing.assert_close(out, kept / (1 - 0.37))
+
+
+def test_weights_that_nobody_in_the_batch_owns_get_a_zero_gradient():
+    arguments = make(Case("owned", groups=((0, 2), (1, 2))), torch.float32, "cpu")
+    gradients = run("triton", arguments)
+    assert not gradients["down_weight"][arguments["down_owner"] == 2].any()
+    assert gradients["down_weight"][arguments["down_owner"] != 2].all()
+    assert not gradients["up_weight"][arguments["up_owner"] != 2].any()
+    assert not gradients["down_bias"][2].any()
+    assert not gradients["up_bias"][:2].any()
+
+
+def test_saved_tensors_and_inputs_are_not_written():
+    arguments = make(Case("twice", dropout=0.2), torch.float32, "cpu")
+    before = {k: v.clone() for k, v in arguments.items() if isinstance(v, torch.Tensor)}
+    arguments["x"].requires_grad_()
+    with backend("triton"):
+        out = sparse_adapter(**arguments)
+        first = torch.autograd.grad(out.sum(), arguments["x"], retain_graph=True)[0]
+        second = torch.autograd.grad(out.sum(), arguments["x"])[0]
+    assert torch.equal(first, second)
+    for key, value in before.items():
+        assert torch.equal(arguments[key], value), key
+
+
+def test_without_gradients_nothing_is_saved(monkeypatch):
+    from mosa_fast.kernels import sparse_adapter as kernels
+
+    saves = []
+    forward = kernels.sparse_adapter_fwd
+    monkeypatch.setattr(
+        kernels, "sparse_adapter_fwd", lambda p, skip, save: (saves.append(save), forward(p, skip, save))[1]
+    )
+    arguments = make(Case("inference"), torch.float32, "cpu")
+    with backend("triton"):
+        plain = sparse_adapter(**arguments)
+        arguments["up_weight"].requires_grad_()
+        trained = sparse_adapter(**arguments)
+        with torch.no_grad():
+            sparse_adapter(**arguments)
+    assert saves == [False, True, False]
+    assert torch.equal(plain, trained)
+
+
+def test_a_second_derivative_is_refused():
+    arguments = make(Case("second"), torch.float32, "cpu")
+    arguments["x"].requires_grad_()
+    with backend("triton"):
+        (gradient,) = torch.autograd.grad(sparse_adapter(**arguments).square().sum(), arguments["x"], create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            gradient.sum().backward()
+
+
+def test_float64_is_refused_by_name():
+    arguments = make(Case("double"), torch.float64, "cpu")
+    with backend("triton"), pytest.raises(RuntimeError, match="'triton' cannot serve: float64"):
+        sparse_adapter(**arguments)
+
+
+def sparse_adapter_with(**arguments):
+    """The operator with the kernels, on dense weights without biases unless they are given."""
+    width, bottleneck = arguments["up_weight"].shape
+    defaults = dict.fromkeys(("skip", "norm_weight", "norm_bias", "down_init", "down_owner", "up_owner"))
+    defaults |= {"down_bias": torch.zeros(1, bottleneck), "up_bias": torch.zeros(1, width), "add_input": False}
+    with backend("triton"):
+        return sparse_adapter(**defaults | arguments)

@@ -1,0 +1,119 @@
+"""Every kernel and every row of the tile table compiles for chips that are not here, without spills."""
+
+import multiprocessing
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from ahead_of_time import Compiled, compile_launch, launches, problem
+
+from mosa_fast.kernels import tuning
+
+WORKERS = 2
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+# Each kind of call at each size that a row of the table is for, with both projections split, W0, norm and dropout.
+CALLS = {
+    f"{kind}-{'x'.join(str(dtype)[6:] for dtype in dtypes)}-r{rank}": partial(
+        problem, 301 if kind == "ragged" else 768, rank - (6 if kind == "ragged" else 0), dtypes[0], **options
+    )
+    for kind, options, all_dtypes in (
+        ("plain", {"scale_tensor": True}, [(BF16,), (FP32,)]),
+        ("autocast", {"product_dtype": BF16}, [(FP32,)]),
+        ("fork", {"fork": True}, [(BF16,), (FP32,)]),
+        ("ragged", {}, [(BF16,), (FP32,)]),
+    )
+    for dtypes in all_dtypes
+    for rank in (64, 128, 256)
+}
+CALLS |= {
+    "float16": partial(problem, dtype=FP16, activation="silu"),
+    "a-group-for-every-sample": partial(problem, groups=128),
+    "a-group-for-every-sample-autocast": partial(problem, dtype=FP32, product_dtype=BF16, groups=128),
+    "huge": partial(problem, 1280, 64),
+    "small": partial(problem, 96, 16, activation="relu", norm=False),
+    "dense": partial(problem, 384, 32, split=False, dropout=0.0),
+}
+# Rows that do spill a little: exact float32 products at the largest r, which no tensor core serves and nothing trains
+# with. Bytes of stack.
+KNOWN_SPILLS = {("sparse_adapter_bwd_input_kernel", "float32", 256): 512}
+
+
+def compile_call(name: str, architecture: str) -> list[Compiled]:
+    return [compile_launch(launch, architecture) for launch in launches(CALLS[name](), architecture)]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Futures of every call, for the architectures that are checked in full, by (call, architecture)."""
+    with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as pool:
+        yield {
+            (name, architecture): pool.submit(compile_call, name, architecture)
+            for architecture in ("sm_90", "sm_80")
+            for name in CALLS
+        }
+        pool.shutdown(cancel_futures=True)
+
+
+def results(compiled: dict[tuple[str, str], Future], name: str, architecture: str) -> list[Compiled]:
+    return compiled[name, architecture].result()
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_80"])
+@pytest.mark.parametrize("name", CALLS)
+def test_fits_the_chip(compiled, name, architecture):
+    p = CALLS[name]()
+    for kernel in results(compiled, name, architecture):
+        allowed = KNOWN_SPILLS.get((kernel.name, str(p.product_dtype)[6:], p.block_bottleneck), 0)
+        assert kernel.local == 0, kernel.name
+        assert kernel.stack <= allowed, f"{kernel.name} spills {kernel.stack} bytes with {kernel.tile}"
+        assert kernel.shared <= SHARED_LIMIT[architecture], f"{kernel.name}: {kernel.shared} bytes with {kernel.tile}"
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_80"])
+@pytest.mark.parametrize("name", [name for name in CALLS if CALLS[name]().product_dtype != FP32])
+def test_uses_tensor_cores(compiled, name, architecture):
+    for kernel in results(compiled, name, architecture):
+        if kernel.name.startswith("sum_"):
+            continue
+        # wgmma multiplies 64 rows at a time: of tokens, or of columns where the tokens are summed over.
+        dimension = kernel.tile.columns if "weight" in kernel.name else kernel.tile.rows
+        wide = architecture == "sm_90" and dimension >= 64
+        assert kernel.count("HGMMA" if wide else "HMMA") > 0, f"{kernel.name} with {kernel.tile}"
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if CALLS[name]().product_dtype == FP32])
+def test_float32_products_are_exact(compiled, name):
+    for kernel in results(compiled, name, "sm_80"):
+        assert kernel.count("HMMA") == 0, f"{kernel.name} rounds to TF32"
+
+
+def test_activations_move_in_vectors_of_16_bytes(compiled):
+    for kernel in results(compiled, "plain-bfloat16-r64", "sm_90")[:3]:
+        assert kernel.count("STG.E.128") > 0, kernel.name
+        assert kernel.count("LDGSTS.E.BYPASS.128") > 0, kernel.name
+        assert kernel.count("STG.E.U16") == kernel.count("LDG.E.U16") == 0, kernel.name
+
+
+def test_every_row_of_the_table_is_checked():
+    """The calls above meet every default tile; a measured tile must be added to them."""
+    met = set()
+    for architecture in ("sm_80", "sm_90"):
+        for call in CALLS.values():
+            met |= {launch.tile for launch in launches(call(), architecture)}
+    assert met >= {tile for rows in tuning.TILES.values() for tile in rows.values()}
+    assert set(tuning.TABLE.values()) <= met
+
+
+@pytest.mark.parametrize("name", ["plain-bfloat16-r64", "plain-bfloat16-r256", "autocast-float32-r64"])
+def test_fits_chips_with_less_shared_memory(name):
+    for launch in launches(CALLS[name](), "sm_89"):
+        assert compile_launch(launch, "sm_89").shared <= SHARED_LIMIT["sm_89"], launch.tile
+
+
+def test_compiles_for_amd():
+    for launch in launches(CALLS["plain-bfloat16-r64"](), "gfx942"):
+        assert compile_launch(launch, "gfx942").shared <= SHARED_LIMIT["gfx942"], launch.tile

@@ -1,0 +1,22 @@
+"""Runs `tests/interpreter` in a process of its own: Triton decides at import whether it interprets or compiles."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+FOLDER = Path(__file__).parents[1] / "interpreter"
+
+
+def test_kernels_in_the_interpreter():
+    # A failure shows the tests' own report.
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", FOLDER, "-q", "-p", "no:cacheprovider"],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2_000:]
