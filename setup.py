@@ -1,5 +1,6 @@
 """Packaging of mosa_fast; pyproject.toml configures the tools only."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -11,7 +12,7 @@ MAPPED = {"mosa_fast.kernels": "kernels", "mosa_fast.configs": "configs", "mosa_
 
 setup(
     name="mosa_fast",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', (HERE / "mosa_fast/__init__.py").read_text()).group(1),
     description="Mixture of Sparse Adapters (MoSA) for vision transformers, fused and fast",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -2,14 +2,16 @@
 
 `python -m benchmarks.digits` runs, for 10 and 50 training images per class:
 
-- linear: the head alone; dense: an adapter of one expert, one view; mosa: two or four experts, two views; full: all
-  weights from the pretrained ones; scratch: all weights from random ones;
-- for each, every learning rate of its grid (and number of experts) on one seed, judged on validation with the test
-  images unread; of equals the first;
-- then five other seeds with the best setting, test evaluated once, at the epoch that validation selects.
+- linear: the head alone; dense: an adapter of one expert, one view; mosa: four experts, two views; full: all weights
+  from the pretrained ones; scratch: all weights from random ones;
+- for each, every learning rate of its grid on one seed, judged on validation with the test images unread; of equals
+  the smallest;
+- then five other seeds with the best rate, test evaluated once, at the epoch that validation selects.
 
-Data, steps, batches, schedule, bottleneck, scale and dropout are the same for all: those of configs/digits.yaml.
-Every finished run is kept in a folder, so an interrupted benchmark goes on where it was.
+Data, steps, batches, schedule, bottleneck, scale and dropout are the same for all: those of configs/digits.yaml. A
+seed draws the training and validation images, their order, the head's initial weights, experts and dropout; owner maps
+and the adapters' initial weights come from adapter.seed, which is the recipe's in all runs. Every finished run is kept
+in a folder, so an interrupted benchmark goes on where it was.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import json
 import multiprocessing
 import statistics
 import subprocess
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,6 @@ GRIDS = {
     "full": (1e-4, 3e-4, 1e-3),
     "scratch": (3e-4, 1e-3, 3e-3),
 }
-EXPERTS = {"mosa": (4, 2)}  # searched like the learning rate; the others have one
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,13 @@ class Run:
 
     contender: str
     shots: int
-    experts: int
     lr: float
     seed: int
     test: bool
 
     def folder(self, root: Path) -> Path:
         """Where it leaves its files."""
-        return root / f"{self.contender}{self.experts}-{self.shots}-{self.lr:g}-seed{self.seed}"
+        return root / f"{self.contender}-{self.shots}-{self.lr:g}-seed{self.seed}"
 
 
 def execute(run: Run, root: Path) -> dict[str, Any]:
@@ -62,9 +62,6 @@ def execute(run: Run, root: Path) -> dict[str, Any]:
     from mosa_fast.train import make_config
     from mosa_fast.training.loop import train
 
-    done = run.folder(root) / "summary.json"
-    if done.is_file():
-        return json.loads(done.read_text())
     torch.set_num_threads(1)  # two runs side by side beat one on two cores
     config = make_config([])
     config.data.shots = run.shots
@@ -73,11 +70,17 @@ def execute(run: Run, root: Path) -> dict[str, Any]:
     config.optim.warmup_epochs = WARMUP * config.optim.epochs
     config.eval_every = config.optim.epochs // EVALUATIONS
     config.seed, config.test, config.out = run.seed, run.test, str(run.folder(root))
-    config.adapter = replace(config.adapter, experts=run.experts)
     if run.contender == "dense":
+        config.adapter = replace(config.adapter, experts=1)
         config.loss.views = 1
     elif run.contender != "mosa":
         config.method = run.contender  # type: ignore[assignment]  # the others carry the method's name
+    done = run.folder(root) / "summary.json"
+    if done.is_file():
+        summary = json.loads(done.read_text())
+        config.data.image_size = summary["config"]["data"]["image_size"]
+        if summary["config"] == asdict(config):  # else the recipe has changed since
+            return summary
     return train(config, progress=False)
 
 
@@ -86,12 +89,7 @@ def benchmark(root: Path, processes: int) -> dict[str, Any]:
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         table, searches = [], []
         for shots in EPOCHS:
-            search = [
-                Run(contender, shots, experts, lr, SEARCH_SEED, test=False)
-                for contender, rates in GRIDS.items()
-                for experts in EXPERTS.get(contender, (1,))
-                for lr in rates
-            ]
+            search = [Run(c, shots, lr, SEARCH_SEED, test=False) for c, rates in GRIDS.items() for lr in rates]
             found = pool.starmap(execute, [(run, root) for run in search], chunksize=1)
             best: dict[str, tuple[float, Run]] = {}
             for run, summary in zip(search, found, strict=True):
@@ -99,7 +97,6 @@ def benchmark(root: Path, processes: int) -> dict[str, Any]:
                     {
                         "method": run.contender,
                         "shots": shots,
-                        "experts": run.experts,
                         "lr": run.lr,
                         "seed": run.seed,
                         "val": summary["val_accuracy"],
@@ -116,7 +113,6 @@ def benchmark(root: Path, processes: int) -> dict[str, Any]:
                     {
                         "method": contender,
                         "shots": shots,
-                        "experts": best[contender][1].experts,
                         "lr": best[contender][1].lr,
                         "test_mean": round(statistics.mean(tests), 2),
                         "test_standard_error": round(statistics.stdev(tests) / len(tests) ** 0.5, 2),
@@ -127,7 +123,13 @@ def benchmark(root: Path, processes: int) -> dict[str, Any]:
                     }
                 )
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {"table": table, "searches": searches, "versions": summaries[0]["versions"], "commit": commit}
+    return {
+        "table": table,
+        "searches": searches,
+        "versions": summaries[0]["versions"],
+        "device": summaries[0]["device"],
+        "commit": commit,
+    }
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -157,6 +159,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="runs side by side, one thread each")
     arguments = parser.parse_args()
     results = benchmark(arguments.runs, arguments.processes)
+    RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(markdown(results))
 

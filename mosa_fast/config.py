@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
+MAX_EXPERTS = 255  # ids are uint8
+
 Share = Literal["down", "up", "none"]
 BiasMode = Literal["per_expert", "split"]
 MergeRule = Literal["mean", "joint"]
@@ -39,8 +41,6 @@ class MoSAConfig:
     """Seed of the owner maps and the initial weights."""
 
     def __post_init__(self) -> None:
-        from mosa_fast.partition import check_experts
-
         if self.bottleneck < 1:
             raise ValueError(f"bottleneck must be at least 1, got {self.bottleneck}")
         check_experts(self.experts)
@@ -179,3 +179,9 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def check_experts(experts: int) -> None:
+    """Raise ValueError unless 1 <= experts <= 255."""
+    if not 1 <= experts <= MAX_EXPERTS:
+        raise ValueError(f"experts must be 1 to {MAX_EXPERTS}, got {experts}")

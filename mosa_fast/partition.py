@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-MAX_EXPERTS = 255  # ids are uint8
+from mosa_fast.config import check_experts
 
 
 def owner_map(shape: tuple[int, ...], experts: int, generator: torch.Generator | None = None) -> Tensor:
@@ -32,12 +32,6 @@ def owner_map(shape: tuple[int, ...], experts: int, generator: torch.Generator |
     owners = torch.empty(size, dtype=torch.uint8)
     owners[torch.randperm(size, generator=generator)] = (torch.arange(size) % experts).to(torch.uint8)
     return owners.view(shape)
-
-
-def check_experts(experts: int) -> None:
-    """Raise ValueError unless 1 <= experts <= 255."""
-    if not 1 <= experts <= MAX_EXPERTS:
-        raise ValueError(f"experts must be 1 to {MAX_EXPERTS}, got {experts}")
 
 
 def check_owner_map(owners: Tensor, experts: int, name: str) -> None:

@@ -14,11 +14,6 @@ def make_tiny_vit(num_classes: int = 5, **kwargs) -> VisionTransformer:
 
 
 @pytest.fixture
-def tiny_vit() -> VisionTransformer:
-    return make_tiny_vit()
-
-
-@pytest.fixture
 def images() -> torch.Tensor:
     return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 

@@ -30,14 +30,12 @@ def test_every_public_name_exists():
 
 
 def test_no_top_level_module_shadows_other_packages():
-    import importlib.util
-
     import mosa_fast.configs
     import mosa_fast.csrc
     import mosa_fast.kernels  # noqa: F401
 
     code = "import importlib.util as u; print([n for n in ('kernels', 'configs', 'csrc') if u.find_spec(n)])"
     out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=importlib.util.sys.prefix
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=sys.prefix
     ).stdout
     assert out.strip() == "[]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -47,15 +48,16 @@ def load_adapter(model: VisionTransformer, path: str | Path) -> AdaptedVisionTra
         FileNotFoundError: there is no such file.
     """
     tensors, config = _read(Path(path))
-    if not isinstance(model, AdaptedVisionTransformer):
-        saved_head = tensors.get("head.bias")
-        if saved_head is not None and saved_head.shape[0] != model.num_classes:
-            model.reset_classifier(saved_head.shape[0])
-        model = adapt(model, config)
-    elif _config(model) != config:
-        raise ValueError(f"{path} was saved with {config}, but the model has {_config(model)}")
-    load_trained_state(model, tensors, str(path))
-    return model
+    if isinstance(model, AdaptedVisionTransformer):
+        if _config(model) != config:
+            raise ValueError(f"{path} was saved with {config}, but the model has {_config(model)}")
+        load_trained_state(model, tensors, str(path))
+        return model
+    # Tried on a copy without data first: a file that does not fit leaves the model as it was.
+    check_trained_state(_prepare(_on_meta(model), config, tensors), tensors, str(path))
+    adapted = _prepare(model, config, tensors)
+    load_trained_state(adapted, tensors, str(path))
+    return adapted
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -70,7 +72,13 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_trained_state(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Load what `trained_state` gave, checking names, shapes and owner maps; ValueError names `source`."""
+    """Load what `trained_state` gave, if it fits; see `check_trained_state`."""
+    check_trained_state(model, tensors, source)
+    model.load_state_dict(tensors, strict=False)
+
+
+def check_trained_state(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Check names, shapes and owner maps against a model; ValueError names `source` and lists what does not fit."""
     own = model.state_dict()
     problems = [f"missing {name}" for name in trained_state(model) if name not in tensors]
     for name, tensor in tensors.items():
@@ -81,11 +89,27 @@ def load_trained_state(model: nn.Module, tensors: dict[str, Tensor], source: str
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise ValueError(f"{source} does not fit this model: {shown}")
-    # Checked before anything is loaded, so that a bad file leaves the model as it was.
     for name, module in model.named_modules():
         if isinstance(module, SparseProjection):
             module.check(name, tensors)
-    model.load_state_dict(tensors, strict=False)
+
+
+def _prepare(model: VisionTransformer, config: MoSAConfig, tensors: dict[str, Tensor]) -> AdaptedVisionTransformer:
+    """Adapters, and a head of the file's size, for a plain model."""
+    saved_head = tensors.get("head.bias")
+    if saved_head is not None and saved_head.shape[0] != model.num_classes:
+        model.reset_classifier(saved_head.shape[0])
+    return adapt(model, config)
+
+
+def _on_meta(model: VisionTransformer) -> VisionTransformer:
+    """A copy of the structure on the meta device; no data is copied."""
+    copies: dict[int, object] = {}
+    for parameter in model.parameters():
+        copies[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+    for buffer in model.buffers():
+        copies[id(buffer)] = buffer.to("meta")
+    return copy.deepcopy(model, copies)
 
 
 def _config(model: nn.Module) -> MoSAConfig:

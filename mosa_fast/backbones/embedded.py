@@ -6,7 +6,8 @@ from importlib.resources import as_file, files
 from typing import Any
 
 import timm
-from timm.models import VisionTransformer, load_checkpoint
+from safetensors.torch import load_file
+from timm.models import VisionTransformer
 
 NAME = "embedded"  # what `model.name` calls it
 IMAGE_SIZE = 32
@@ -30,8 +31,11 @@ def create_embedded(num_classes: int, *, pretrained: bool = False, **kwargs: Any
         num_classes=num_classes,
         **kwargs,
     )
+    assert isinstance(model, VisionTransformer)
     if pretrained:
         with as_file(files("mosa_fast.assets") / "backbone.safetensors") as path:
-            load_checkpoint(model, str(path), strict=False)
-    assert isinstance(model, VisionTransformer)
+            missing, unexpected = model.load_state_dict(load_file(path), strict=False)
+        head = [f"head.{name}" for name in model.head.state_dict()]
+        if missing != head or unexpected:
+            raise RuntimeError(f"the embedded weights do not fit this timm: missing {missing}, unexpected {unexpected}")
     return model

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mosa_fast.config import BiasMode, MergeRule
-from mosa_fast.partition import check_experts, check_owner_map, owner_map
+from mosa_fast.config import BiasMode, MergeRule, check_experts
+from mosa_fast.partition import check_owner_map, owner_map
 
 
 class SparseProjection(nn.Module):

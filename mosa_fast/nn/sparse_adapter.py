@@ -109,7 +109,7 @@ class SparseAdapter(nn.Module):
             x: `[N, ..., dim]`.
             skip: output of the frozen branch, added to the result.
             experts: int32 `[V, 2]`, the (down, up) expert of each group of samples. None: drawn in training, merged
-                in evaluation.
+                in evaluation. The id -1 is always the mean merge, also where the layer's own merge is joint.
             seed: int64 `[1]` or `[2]`, seed of the dropout and of the draw (`mosa_fast.routing`). None: fresh.
             fork: let each of the V groups read all of x.
         """

@@ -30,7 +30,7 @@ def mosa_loss(
     Returns:
         Scalar, float32 (float64 for float64 logits).
     """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = _at_least_float(logits)
     if config.views == 1:
         return _cross_entropy(logits, labels, class_weights)
     first, second = logits.chunk(2)
@@ -57,7 +57,7 @@ def symmetric_kl(first: Tensor, second: Tensor) -> Tensor:
 def deep_distance(block_outputs: list[Tensor]) -> Tensor:
     """Mean over the first (at most six) blocks of the mean squared difference between the two views."""
     outputs = block_outputs[:DEEP_BLOCKS]
-    pairs = [output.float().chunk(2) for output in outputs]
+    pairs = [_at_least_float(output).chunk(2) for output in outputs]
     return torch.stack([F.mse_loss(first, second) for first, second in pairs]).mean()
 
 
@@ -82,4 +82,9 @@ def class_weights(labels: list[int], classes: int, rule: str) -> Tensor | None:
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    weights = None if weights is None else weights.to(logits.dtype)
     return F.cross_entropy(logits, labels, weight=weights, reduction="sum") / max(1, len(labels))
+
+
+def _at_least_float(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

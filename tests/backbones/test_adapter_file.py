@@ -51,8 +51,12 @@ def test_files_that_do_not_fit_are_refused_and_change_nothing(tmp_path, images):
     mosa.save_adapter(model, path)
     with pytest.raises(ValueError, match="was saved with"):
         mosa.load_adapter(mosa.adapt(make_tiny_vit()), path)
+    deeper = make_tiny_vit(num_classes=9, depth=4)
+    before = deeper.eval()(images)
     with pytest.raises(ValueError, match=r"does not fit this model: .*missing blocks\.3\.adapter"):
-        mosa.load_adapter(make_tiny_vit(depth=4), path)
+        mosa.load_adapter(deeper, path)
+    assert type(deeper).__name__ == "VisionTransformer"
+    assert torch.equal(deeper(images), before)
     with pytest.raises(FileNotFoundError, match="no adapter file"):
         mosa.load_adapter(make_tiny_vit(), tmp_path / "b.safetensors")
     path.write_bytes(path.read_bytes()[:100])

@@ -30,16 +30,14 @@ def test_the_target_of_each_divergence_gets_no_gradient():
 def test_add_weight_and_deep_terms():
     outputs = [torch.randn(12, 3, 5, dtype=torch.float64) for _ in range(8)]
     deep = sum((o[:6] - o[6:]).square().mean() for o in outputs[:6]) / 6
-    torch.testing.assert_close(deep_distance(outputs), deep, check_dtype=False, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(deep_distance(outputs), deep)
     plain = mosa_loss(torch.cat([P1, P2]), LABELS, LossConfig(reg_weight=2.0))
     config = LossConfig(add_weight=0.5, reg_weight=2.0, deep_reg=True)
     loss = mosa_loss(torch.cat([P1, P2]), LABELS, config, block_outputs=outputs)
     expected = plain + 0.5 * F.cross_entropy(P2, LABELS) + 2.0 * 0.01 * deep
-    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(loss, expected)
     few = outputs[:2]
-    torch.testing.assert_close(
-        deep_distance(few).double(), sum((o[:6] - o[6:]).square().mean() for o in few) / 2, rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(deep_distance(few), sum((o[:6] - o[6:]).square().mean() for o in few) / 2)
 
 
 def test_weighted_cross_entropy_is_divided_by_the_batch_size():
