@@ -16,6 +16,7 @@ import argparse
 import csv
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def measure(width: int, tokens: int, dtype: torch.dtype, device: torch.device, o
             {name: contender.run(mode) for name, contender in ready.items()},
             device,
             repeats=repeats,
-            prepare=lambda name, mode=mode: ready[name].prepare(mode),
+            prepare=partial(_prepare, ready, mode),
         )
         planned = passes[mode] * array
         copied = copy_time(planned, device, repeats).median
@@ -175,6 +176,10 @@ def measure(width: int, tokens: int, dtype: torch.dtype, device: torch.device, o
             print(f"{width:6}{tokens:8} {mode:9}{name:10}{row['ms']:10.3f} ms {row['gb_per_s']:8.1f} GB/s "
                   f"{row['of_copy']:7.3f} of a copy {row['peak_mib']:9.1f} MiB")  # fmt: skip
     return rows
+
+
+def _prepare(ready: dict[str, Contender], mode: str, name: str) -> None:
+    ready[name].prepare(mode)
 
 
 def _leaf(value: object) -> bool:

@@ -12,14 +12,15 @@ import triton.language as tl
 
 MERGED = tl.constexpr(-1)  # the expert id that means: all of them, averaged
 SQRT_HALF = tl.constexpr(0.7071067811865476)
+KEEP_NORMAL, READ_AGAIN, READ_ONCE = tl.constexpr(""), tl.constexpr("evict_last"), tl.constexpr("evict_first")
 INVERSE_SQRT_TWO_PI = tl.constexpr(0.3989422804014327)  # the normal density at 0
 
 
 @triton.jit
-def load_tile(pointers, mask, EVEN: tl.constexpr, EVICTION: tl.constexpr = ""):
+def load_tile(pointers, mask, EVEN: tl.constexpr, EVICTION: tl.constexpr = KEEP_NORMAL):
     """Masked load, without the mask where the tile is known to lie inside: whole 16-byte vectors, no predicates.
 
-    EVICTION: what the L2 cache is told: "evict_last" (it will be read again), "evict_first" (it will not), or "".
+    EVICTION: what the L2 cache is told: READ_AGAIN, READ_ONCE or nothing.
     """
     if EVEN:
         tile = tl.load(pointers, eviction_policy=EVICTION)

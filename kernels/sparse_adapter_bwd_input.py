@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from mosa_fast.kernels.device_functions import (
+    READ_AGAIN,
     activate,
     activation_derivative,
     bias_vector,
@@ -80,7 +81,7 @@ def backward_hidden(
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         column_valid = columns < WIDTH
         # Kept in L2 for the second pass.
-        grad = load_tile(grad_rows + columns[None, :], column_valid[None, :], EVEN_COLUMNS, "evict_last")
+        grad = load_tile(grad_rows + columns[None, :], column_valid[None, :], EVEN_COLUMNS, READ_AGAIN)
         weight = weight_tile(
             up_weight_ptr,
             None,

@@ -31,7 +31,15 @@ import triton.language as tl
 from torch import Tensor
 
 from mosa_fast.kernels import launching, tuning
-from mosa_fast.kernels.device_functions import activate, bias_vector, dropout_factor, load_tile, weight_tile
+from mosa_fast.kernels.device_functions import (
+    READ_AGAIN,
+    READ_ONCE,
+    activate,
+    bias_vector,
+    dropout_factor,
+    load_tile,
+    weight_tile,
+)
 from mosa_fast.kernels.problem import Problem
 
 
@@ -109,7 +117,7 @@ def sparse_adapter_fwd_kernel(
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         column_valid = columns < WIDTH
         # Kept in L2 for the second pass, if there is one.
-        EVICTION: tl.constexpr = "evict_last" if ADD_INPUT else "evict_first"
+        EVICTION: tl.constexpr = READ_AGAIN if ADD_INPUT else READ_ONCE
         x = load_tile(x_rows + columns[None, :], column_valid[None, :], EVEN_COLUMNS, EVICTION).to(tl.float32)
         weight = weight_tile(
             down_weight_ptr,
@@ -174,20 +182,20 @@ def sparse_adapter_fwd_kernel(
     # x and skip are read one block ahead, so that memory is busy while the product of this block is computed.
     columns = tl.arange(0, BLOCK_COLUMNS)
     if ADD_INPUT:
-        next_x = load_tile(x_rows + columns[None, :], columns[None, :] < WIDTH, EVEN_COLUMNS, "evict_first")
+        next_x = load_tile(x_rows + columns[None, :], columns[None, :] < WIDTH, EVEN_COLUMNS, READ_ONCE)
     if skip_ptr is not None:
         skip_rows = skip_ptr + in_rows[:, None] * WIDTH
-        next_skip = load_tile(skip_rows + columns[None, :], columns[None, :] < WIDTH, EVEN_COLUMNS, "evict_first")
+        next_skip = load_tile(skip_rows + columns[None, :], columns[None, :] < WIDTH, EVEN_COLUMNS, READ_ONCE)
     for start in range(0, WIDTH, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         column_valid = columns < WIDTH
         ahead = (columns + BLOCK_COLUMNS)[None, :]
         if ADD_INPUT:
             x = next_x
-            next_x = load_tile(x_rows + ahead, ahead < WIDTH, False, "evict_first")
+            next_x = load_tile(x_rows + ahead, ahead < WIDTH, False, READ_ONCE)
         if skip_ptr is not None:
             skip = next_skip
-            next_skip = load_tile(skip_rows + ahead, ahead < WIDTH, False, "evict_first")
+            next_skip = load_tile(skip_rows + ahead, ahead < WIDTH, False, READ_ONCE)
         weight = weight_tile(
             up_weight_ptr,
             None,

@@ -57,7 +57,8 @@ def sparse_adapter_op(*arguments: Any) -> tuple[Tensor, ...]:
     skip = inputs[TENSORS.index("skip")]
     kernels = _kernels(backend)
     problem = _problem(kernels, inputs)
-    out, *saved = kernels.sparse_adapter_fwd(problem, None if skip is None else skip.contiguous(), save)
+    with torch.cuda.device_of(problem.x):  # kernels run on the current device
+        out, *saved = kernels.sparse_adapter_fwd(problem, None if skip is None else skip.contiguous(), save)
     return out.view(_out_shape(problem.x, problem.experts, problem.fork)), *saved
 
 
@@ -84,42 +85,43 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     mutates_args=(),
     schema=(
         f"({_TENSOR_SCHEMA}, Tensor grad_out, Tensor stats, Tensor pre, Tensor vectors, {_OPTION_SCHEMA}, "
-        "bool need_x, bool need_skip, bool need_parameters, bool need_scale, str backend) -> Tensor[]"
+        "bool need_x, ScalarType? skip_dtype, bool need_parameters, bool need_scale, str backend) -> Tensor[]"
     ),
 )
 def sparse_adapter_backward_op(*arguments: Any) -> list[Tensor]:
     """Backward: the gradients of x, of skip (forked only), of PARAMETERS and of scale, in that order.
 
-    Only those that were asked for are in the list; a norm that is absent has no gradients.
+    Only those that were asked for are in the list; a norm that is absent has no gradients. The skip itself is never
+    read (None is passed): skip_dtype says that its gradient is wanted, and in what.
     """
     inputs, (grad_out, stats, pre, vectors), options, needs, backend = _split_backward(arguments)
-    skip = inputs[TENSORS.index("skip")]
-    need_x, need_skip, need_parameters, need_scale = needs
+    need_x, skip_dtype, need_parameters, need_scale = needs
     kernels = _kernels(backend)
-    gradients = kernels.sparse_adapter_bwd(
-        _problem(kernels, [*inputs, *options]),
-        grad_out.contiguous(),
-        stats,
-        pre,
-        vectors,
-        need_x=need_x,
-        skip_dtype=skip.dtype if need_skip else None,
-        need_parameters=need_parameters,
-        need_scale=need_scale,
-    )
+    with torch.cuda.device_of(grad_out):  # kernels run on the current device
+        gradients = kernels.sparse_adapter_bwd(
+            _problem(kernels, [*inputs, *options]),
+            grad_out.contiguous(),
+            stats.contiguous(),
+            pre.contiguous(),
+            vectors.contiguous(),
+            need_x=need_x,
+            skip_dtype=skip_dtype,
+            need_parameters=need_parameters,
+            need_scale=need_scale,
+        )
     return [gradient for gradient in vars(gradients).values() if gradient is not None]
 
 
 @sparse_adapter_backward_op.register_fake
 def _(*arguments: Any) -> list[Tensor]:
     inputs, _saved, _options, needs, _backend = _split_backward(arguments)
-    return [
-        torch.empty_like(inputs[TENSORS.index(name)], memory_format=torch.contiguous_format)
-        for name in _returned(inputs, needs)
-    ]
+    named = dict(zip(TENSORS, inputs, strict=True))
+    if needs[1] is not None:
+        named["skip"] = named["x"].to(needs[1])
+    return [torch.empty_like(named[name], memory_format=torch.contiguous_format) for name in _returned(inputs, needs)]
 
 
-def _split_backward(arguments: Sequence[Any]) -> tuple[list[Any], list[Tensor], list[Any], list[bool], str]:
+def _split_backward(arguments: Sequence[Any]) -> tuple[list[Any], list[Tensor], list[Any], list[Any], str]:
     """The backward operator's arguments: inputs, saved tensors, options, needs, backend."""
     flat, sizes, parts, start = list(arguments), (len(TENSORS), 4, len(OPTIONS), 4), [], 0
     for size in sizes:
@@ -128,13 +130,12 @@ def _split_backward(arguments: Sequence[Any]) -> tuple[list[Any], list[Tensor], 
     return parts[0], parts[1], parts[2], parts[3], flat[-1]
 
 
-def _returned(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[str]:
+def _returned(inputs: Sequence[Tensor | None], needs: Sequence[Any]) -> list[str]:
     """Names of the gradients that the backward operator returns, in order."""
-    need_x, need_skip, need_parameters, need_scale = needs
-    wanted = {"x": need_x, "skip": need_skip, "scale_tensor": need_scale}
-    wanted |= dict.fromkeys(PARAMETERS, need_parameters)
-    order = ("x", "skip", *PARAMETERS, "scale_tensor")
-    return [name for name in order if wanted[name] and inputs[TENSORS.index(name)] is not None]
+    need_x, skip_dtype, need_parameters, need_scale = needs
+    present = [name for name in PARAMETERS if inputs[TENSORS.index(name)] is not None] if need_parameters else []
+    first = (["x"] if need_x else []) + (["skip"] if skip_dtype is not None else [])
+    return first + present + (["scale_tensor"] if need_scale else [])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -142,10 +143,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     *ctx.options, ctx.save, ctx.backend = inputs[count:]
     skip = inputs[TENSORS.index("skip")]
     ctx.skip_dtype = None if skip is None else skip.dtype
-    # An unforked skip is not needed again: do not keep it alive.
     kept = list(inputs[:count])
-    if not ctx.options[OPTIONS.index("fork")]:
-        kept[TENSORS.index("skip")] = None
+    kept[TENSORS.index("skip")] = None  # not needed again: do not keep it alive
     ctx.save_for_backward(*kept, *output[1:])
 
 
@@ -158,12 +157,12 @@ def _backward(ctx: Any, grad_out: Tensor, *_unused: Tensor | None) -> tuple[Tens
     fork = ctx.options[OPTIONS.index("fork")]
     needs = [
         needed["x"],
-        needed["skip"] and fork,
+        ctx.skip_dtype if needed["skip"] and fork else None,
         any(needed[name] for name in PARAMETERS) or needed["scale_tensor"],
         needed["scale_tensor"],
     ]
     gradients: dict[str, Tensor] = {}
-    if any(needs):
+    if any(need not in (False, None) for need in needs):
         returned = sparse_adapter_backward_op(*inputs, grad_out, *saved, *ctx.options, *needs, ctx.backend)
         gradients = dict(zip(_returned(inputs, needs), returned, strict=True))
     if needed["skip"] and not fork:

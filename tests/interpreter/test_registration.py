@@ -39,10 +39,10 @@ def test_opcheck_of_the_backward(name):
     arguments = operator_arguments(case)
     out, *saved = torch.ops.mosa_fast.sparse_adapter(*arguments)
     options = arguments[len(TENSORS) : -2]
-    needs = [True, case.fork, True, arguments[TENSORS.index("scale_tensor")] is not None]
+    needs = [True, torch.float32 if case.fork else None, True, arguments[TENSORS.index("scale_tensor")] is not None]
     torch.library.opcheck(
         torch.ops.mosa_fast.sparse_adapter_backward.default,
-        [*arguments[: len(TENSORS)], torch.randn_like(out), *saved, *options, *needs, "triton"],
+        [arguments[0], None, *arguments[2 : len(TENSORS)], torch.randn_like(out), *saved, *options, *needs, "triton"],
     )
 
 
