@@ -59,11 +59,11 @@ def execute(run: Run, root: Path) -> dict[str, Any]:
     """Train, unless it was done before; the summary."""
     import torch
 
-    from mosa_fast.train import make_config
+    from mosa_fast.train import parse
     from mosa_fast.training.loop import train
 
     torch.set_num_threads(1)  # two runs side by side beat one on two cores
-    config = make_config([])
+    config, _ = parse([])
     config.data.shots = run.shots
     config.optim.lr = run.lr
     config.optim.epochs = EPOCHS[run.shots]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
+from math import inf
 from typing import Any, Literal, get_args
 
 MAX_EXPERTS = 255  # ids are uint8
@@ -11,6 +12,7 @@ Share = Literal["down", "up", "none"]
 BiasMode = Literal["per_expert", "split"]
 MergeRule = Literal["mean", "joint"]
 Placement = Literal["adaptformer"]
+Precision = Literal["fp32", "bf16-mixed", "fp16-mixed", "bf16-true"]
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,9 @@ class OptimConfig:
     warmup_epochs: float = 10.0
     """Epochs of linear warm-up."""
     batch_size: int = 128
-    """Images per step (every view of an image counts as the same image)."""
+    """Images per step and process (every view of an image counts as the same image)."""
+    accumulate: int = 1
+    """Work through each step's batch in so many parts: the same result with less memory."""
 
 
 @dataclass
@@ -134,6 +138,18 @@ class LossConfig:
     """Also pull the two views' outputs of the first six blocks together."""
     class_weights: Literal["none", "inverse", "inverse_sqrt"] = "none"
     """Weights of the classes in the cross-entropy, from the training counts, scaled to sum to their number."""
+
+
+@dataclass
+class LoaderConfig:
+    """Reading the images."""
+
+    cache: bool = False
+    """Decode the training and validation images once and keep them in memory, shared by all workers (height x width
+    x 3 bytes an image): for small data sets whose decoding is slower than the steps."""
+    corrupt: Literal["fatal", "skip"] = "fatal"
+    """An image that cannot be read. fatal: stop and name it. skip: open every image before training, name those that
+    cannot be read and leave them out."""
 
 
 @dataclass
@@ -158,6 +174,31 @@ class TrainConfig:
     """Validate after every so many epochs, and after the last."""
     test: bool = True
     """Evaluate the test images, once, at the end; false leaves them unread, as in a search."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    precision: Precision = "fp32"
+    """Arithmetic. Trained weights and AdamW's state are float32 in all of them. bf16-mixed, fp16-mixed: products in
+    half precision, the residual stream in float32; bf16-true: the frozen backbone and the stream in bfloat16."""
+    compile: bool = False
+    """Compile the forward and backward pass with torch.compile (takes a minute or so at the start)."""
+    cuda_graphs: bool = False
+    """Capture the whole step in a CUDA graph: for steps so short that launching their kernels takes longer than the
+    kernels. One GPU."""
+    grad_checkpointing: bool = False
+    """Recompute each block in the backward pass in place of keeping its activations: slower, with much less memory."""
+    patience: int | None = None
+    """Stop after so many validations in a row without a better one. None: train all epochs."""
+    max_bad_steps: int = 10
+    """A step whose gradients are not finite changes nothing; stop after so many of them in a row."""
+    checkpoint_every: int = 1
+    """Save a checkpoint to resume from after every so many epochs, and after the last."""
+    checkpoint_steps: int | None = None
+    """Save one after every so many steps too, for long epochs. None: only between epochs."""
+    log_every: int = 20
+    """Read losses and accuracies from the device, and show them, every so many steps."""
+    tensorboard: bool = True
+    """Write TensorBoard files to OUT/tensorboard, if the package tensorboard is installed."""
+    wandb: str | None = None
+    """Project of Weights & Biases to log to; needs the package wandb. None: do not."""
 
     def __post_init__(self) -> None:
         for name, value, low in (
@@ -166,13 +207,31 @@ class TrainConfig:
             ("optim.epochs", self.optim.epochs, 1),
             ("optim.warmup_epochs", self.optim.warmup_epochs, 0.0),
             ("optim.batch_size", self.optim.batch_size, 1),
+            ("optim.accumulate", self.optim.accumulate, 1),
+            ("seed", self.seed, 0),
             ("eval_every", self.eval_every, 1),
+            ("patience", self.patience, 1),
+            ("max_bad_steps", self.max_bad_steps, 1),
+            ("checkpoint_every", self.checkpoint_every, 1),
+            ("checkpoint_steps", self.checkpoint_steps, 1),
+            ("log_every", self.log_every, 1),
             ("data.workers", self.data.workers, 0),
         ):
-            if value < low:
+            if value is not None and not low <= value < inf:
                 raise ValueError(f"{name} must be at least {low}, got {value}")
         if not 0.0 < self.data.val_fraction < 1.0:
             raise ValueError(f"data.val_fraction must be between 0 and 1, got {self.data.val_fraction}")
+        for name, choice, choices in (
+            ("method", self.method, ("mosa", "linear", "full", "scratch")),
+            ("precision", self.precision, get_args(Precision)),
+            ("loss.views", self.loss.views, (1, 2)),
+            ("loader.corrupt", self.loader.corrupt, ("fatal", "skip")),
+        ):
+            check_choice(name, choice, choices)
+        if self.precision == "bf16-true" and self.method in ("full", "scratch"):
+            raise ValueError(f"precision bf16-true needs a frozen backbone; use bf16-mixed with method {self.method}")
+        if self.precision == "fp16-mixed" and self.cuda_graphs:
+            raise ValueError("cuda_graphs works with fp32, bf16-mixed and bf16-true, not with fp16-mixed")
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -40,9 +40,11 @@ def step_seed(seed: int, step: int | Tensor, first_sample: int = 0, device: torc
         first_sample: global index of the first sample of this rank's or micro-batch's part.
         device: where to make it.
     """
-    key = torch.tensor(seed, dtype=torch.int64, device=device)
+    # Filled on the device: a copy from the host would make it wait, and cannot be captured in a CUDA graph.
+    key = torch.full((), seed, dtype=torch.int64, device=device)
     zero = torch.zeros_like(key)
-    step = torch.as_tensor(step, dtype=torch.int64, device=device)
+    if not isinstance(step, Tensor):
+        step = torch.full((), step, dtype=torch.int64, device=device)
     return torch.stack([_key64(philox(key, (zero + _STEP, step, zero, zero))), zero + first_sample])
 
 

@@ -18,6 +18,15 @@ def images() -> torch.Tensor:
     return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.fixture
+def one_thread():
+    """Sums in the order that a child of `tiny_runs.in_child` uses."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

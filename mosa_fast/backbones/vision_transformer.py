@@ -94,15 +94,17 @@ class AdaptedVisionTransformer(VisionTransformer):
         """Tokens after the last block and norm, `[V * B, T, D]`."""
         views = 1 if routing is None else routing.experts.shape[1]
         forked = views == 1
-        if not forked and (_is_random(self.pos_drop) or _is_random(self.patch_drop)):
+        if not forked and (draws_random_numbers(self.pos_drop) or draws_random_numbers(self.patch_drop)):
             x, forked = x.repeat(views, 1, 1, 1), True
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
-        if not forked and _is_random(self.blocks[0]):
+        if not forked and draws_random_numbers(self.blocks[0]):
             x, forked = x.repeat(views, 1, 1), True
         for index, block in enumerate(self.blocks):
             experts, seed = (None, None) if routing is None else (routing.experts[index], routing.seeds[index])
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, experts, seed, not forked, use_reentrant=False)
+                # Saving the random state waits for the GPU: only where the frozen block draws from it.
+                draws = draws_random_numbers(block)
+                x = checkpoint(block, x, experts, seed, not forked, use_reentrant=False, preserve_rng_state=draws)
             else:
                 x = block(x, experts, seed, not forked)
             forked = True
@@ -111,8 +113,8 @@ class AdaptedVisionTransformer(VisionTransformer):
         return self.norm(x)
 
 
-def _is_random(module: nn.Module) -> bool:
-    """Whether a frozen module draws random numbers in its forward pass."""
+def draws_random_numbers(module: nn.Module) -> bool:
+    """Whether a module draws from torch's random state in its forward pass (adapters do not: they take a seed)."""
     for m in module.modules():
         if isinstance(m, nn.Dropout):
             rate = m.p

@@ -13,15 +13,27 @@ BETAS = (0.9, 0.999)
 EPS = 1e-6  # RECIPES: Training recipes
 
 
-def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> AdamW:
-    """AdamW over everything trained; biases are not decayed. A weight decay of 0 means just that."""
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float, *, graphed: bool = False) -> AdamW:
+    """Fused AdamW over everything trained; biases are not decayed. A weight decay of 0 means just that.
+
+    Args:
+        model: its trained parameters are taken.
+        lr: peak learning rate.
+        weight_decay: of everything but biases.
+        graphed: keep the learning rate in a tensor on the parameters' device, where a CUDA graph can read it.
+    """
     decayed: list[nn.Parameter] = []
     biases: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (biases if name.endswith("bias") else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": biases, "weight_decay": 0.0}]
-    return AdamW(groups, lr=lr, betas=BETAS, eps=EPS)
+    if not graphed:
+        return AdamW(groups, lr=lr, betas=BETAS, eps=EPS, fused=True)
+    for group in groups:
+        # The schedule multiplies initial_lr: as a number, so that setting a rate does not wait for the device.
+        group |= {"lr": torch.full((), lr, device=(decayed + biases)[0].device), "initial_lr": lr}
+    return AdamW(groups, lr=lr, betas=BETAS, eps=EPS, fused=True, capturable=True)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup_steps: int) -> LambdaLR:

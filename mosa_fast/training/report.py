@@ -7,16 +7,24 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mosa_fast.files import write_atomically
 
 
 class MetricsLog:
-    """One JSON object a line, one line an epoch."""
+    """One JSON object a line, one line an epoch.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the file; what it held is replaced by `rows`, which a resumed run took from its checkpoint.
+        rows: of the epochs before.
+    """
+
+    def __init__(self, path: Path, rows: list[dict[str, Any]] | None = None) -> None:
         self.path = path
-        self.rows: list[dict[str, Any]] = []
-        path.write_text("")
+        self.rows: list[dict[str, Any]] = list(rows or [])
+        text = "".join(json.dumps(row) + "\n" for row in self.rows)
+        write_atomically(path, lambda temporary: temporary.write_text(text))
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row to the file and to `rows`."""
@@ -40,10 +48,33 @@ def versions() -> dict[str, str]:
     }
 
 
+def write_run(out: Path, config: dict[str, Any], classes: list[str]) -> None:
+    """What evaluation and prediction need of a run beside its weights: config.yaml and classes.json.
+
+    config.yaml is the resolved configuration and can be given to `--config`.
+    """
+    text = yaml.safe_dump(config, sort_keys=False)
+    write_atomically(out / "config.yaml", lambda temporary: temporary.write_text(text))
+    names = json.dumps(classes, indent=0, ensure_ascii=False) + "\n"
+    write_atomically(out / "classes.json", lambda temporary: temporary.write_text(names, encoding="utf-8"))
+
+
 def write_summary(path: Path, summary: dict[str, Any]) -> None:
     """Write all numbers of a run as JSON."""
     text = json.dumps(summary, indent=2) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """The inverse of `write_summary`.
+
+    Raises:
+        ValueError: it is not such a file.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
 
 
 def plot_curves(path: Path, rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
@@ -79,3 +110,21 @@ def format_table(rows: list[tuple[str, str]]) -> str:
     right = max(len(value) for _, value in rows)
     rule = "-" * (left + right + 2)
     return "\n".join([rule, *(f"{name:<{left}}  {value}" for name, value in rows), rule])
+
+
+def closing_table(summary: dict[str, Any], weights_file: Path) -> str:
+    """The table at the end of a run."""
+    out = weights_file.parent
+    rows = [("validation accuracy", f"{summary['val_accuracy']:.2f} %  (epoch {summary['selected_epoch']})")]
+    if "test_accuracy" in summary:
+        rows.append(("test accuracy", f"{summary['test_accuracy']:.2f} %"))
+        rows.append(("test accuracy, last epoch", f"{summary['last_test_accuracy']:.2f} %"))
+    rows += [
+        ("trained weights", f"{summary['trained_weights']:,} + head {summary['head_weights']:,}"),
+        ("time", f"{summary['seconds']:.0f} s, {summary['steps']} steps on {summary['device']}"),
+        ("weights", str(weights_file)),
+        ("metrics", str(out / "metrics.jsonl")),
+        ("summary", str(out / "summary.json")),
+        ("curves", str(out / "curves.png")),
+    ]
+    return format_table(rows)

@@ -1,0 +1,59 @@
+"""Accuracy of the merged model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from mosa_fast.config import Precision
+from mosa_fast.data.loading import batches
+from mosa_fast.training.distributed import Ranks
+from mosa_fast.training.precision import autocast, input_dtype
+from mosa_fast.training.signals import StopSignals
+
+BATCH_FACTOR = 4  # evaluation keeps no activations, so its batches can be larger than the steps'
+
+
+class EvaluationStopped(Exception):
+    """A signal came; there is no number."""
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: DataLoader[Any],
+    ranks: Ranks,
+    precision: Precision = "fp32",
+    stop: StopSignals | None = None,
+) -> float:
+    """Accuracy in percent, over all processes' images; leaves the model in the mode it was in.
+
+    Args:
+        model: on the ranks' device.
+        loader: this process's images.
+        ranks: the processes.
+        precision: of the run.
+        stop: looked at between batches, where there is one process.
+
+    Raises:
+        EvaluationStopped: a signal came.
+    """
+    training = model.training
+    model.eval()
+    counts = torch.zeros(2, dtype=torch.int64, device=ranks.device)
+    try:
+        for images, labels in batches(loader):
+            if stop is not None and stop.received is not None and ranks.world == 1:
+                raise EvaluationStopped
+            images = images.to(ranks.device, input_dtype(precision), non_blocking=True)
+            with autocast(precision, ranks.device):
+                logits = model(images)
+            correct = (logits.argmax(1) == labels.to(ranks.device, non_blocking=True)).sum()
+            counts += torch.stack([correct, torch.full_like(correct, len(labels))])
+    finally:
+        model.train(training)
+    correct, seen = ranks.sum(counts).tolist()
+    return 100 * correct / max(1, seen)

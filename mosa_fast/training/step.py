@@ -1,0 +1,208 @@
+"""One training step. Nothing in it waits for the device: what people want to know is summed there and read later."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from mosa_fast.backbones.vision_transformer import draws_random_numbers
+from mosa_fast.config import LossConfig, Precision
+from mosa_fast.routing import step_seed
+from mosa_fast.training.losses import DEEP_BLOCKS, mosa_loss
+from mosa_fast.training.model import forward
+from mosa_fast.training.precision import autocast, input_dtype
+
+GRAPH_WARMUP = 3  # steps taken eagerly before the capture, so that everything lazy has been set up
+
+
+class Objective(nn.Module):
+    """Model and loss in one module: what is compiled and what DistributedDataParallel wraps."""
+
+    def __init__(
+        self, model: nn.Module, config: LossConfig, precision: Precision, class_weights: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.model, self.config, self.precision = model, config, precision
+        self.register_buffer("class_weights", class_weights)
+
+    def forward(self, images: Tensor, labels: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean loss of a batch, and how many of its first view's predictions are right."""
+        outputs: list[Tensor] | None = [] if self.config.deep_reg else None
+        with autocast(self.precision, images.device):
+            images = images.to(input_dtype(self.precision))
+            logits = forward(self.model, images, self.config.views, seed, outputs)
+        weights: Any = self.class_weights
+        loss = mosa_loss(logits, labels, self.config, weights, outputs and outputs[:DEEP_BLOCKS])
+        return loss, (logits[: len(labels)].argmax(1) == labels).sum()
+
+
+class TrainStep:
+    """Forward, backward, update and schedule.
+
+    A step whose gradients are not finite updates nothing and is counted; the schedule goes on.
+
+    Args:
+        objective: an Objective, or DistributedDataParallel around one.
+        optimizer: a fused AdamW (it can leave out an update without the host knowing).
+        schedule: of the learning rate, per step.
+        seed: of the run.
+        scale_loss: fp16: scale the loss so that small gradients survive.
+        accumulate: parts that a batch is worked through in.
+        rank, world: this process among those of the run.
+        device: where the model is.
+
+    Attributes:
+        step: int64 scalar on the device, the number of steps taken.
+        sums: float64 `[3]` on the device since `reset`: loss times images, right predictions, images.
+        bad: int64 `[3]` on the device: bad steps in a row now, the most in a row ever, all.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        optimizer: AdamW,
+        schedule: LambdaLR,
+        *,
+        seed: int,
+        device: torch.device,
+        scale_loss: bool = False,
+        accumulate: int = 1,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.objective, self.optimizer, self.schedule = objective, optimizer, schedule
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=scale_loss)
+        self.seed, self.accumulate, self.rank, self.world, self.device = seed, accumulate, rank, world, device
+        self.steps_taken = 0
+        self.step = torch.zeros((), dtype=torch.int64, device=device)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self.bad = torch.zeros(3, dtype=torch.int64, device=device)
+        self.backbone_draws = draws_random_numbers(objective)
+
+    def set_steps(self, steps: int) -> None:
+        """Go on as if so many steps had been taken."""
+        self.steps_taken = steps
+        self.step.fill_(steps)
+
+    def __call__(self, images: Tensor, labels: Tensor, first_sample: int, count: int, total: int) -> None:
+        """Take a step on this process's part of a batch.
+
+        Args:
+            images: `[B, 3, H, W]` on the device.
+            labels: int64 `[B]`.
+            first_sample: place of the first image in the whole batch.
+            count: images that count: B, or 0 where this process has none and stands in with another's.
+            total: images of the whole batch, over all processes.
+        """
+        self.seed_backbone()
+        self.compute(images, labels, first_sample, count, total)
+        self.advance()
+
+    def seed_backbone(self) -> None:
+        """Make what a frozen backbone's own dropout and drop-path draw a function of (seed, step, rank)."""
+        if self.backbone_draws:
+            torch.manual_seed((self.seed * 1_000_003 + self.steps_taken) * self.world + self.rank)
+
+    def advance(self) -> None:
+        """The host's part of a step: it counts, and sets the next learning rate."""
+        self.schedule.step()
+        self.steps_taken += 1
+
+    def compute(self, images: Tensor, labels: Tensor, first_sample: int, count: int, total: int) -> None:
+        """The device's part of a step; the arguments are those of `__call__`."""
+        self.optimizer.zero_grad()
+        parts = min(self.accumulate, len(labels))
+        start, losses, right = first_sample, [], []
+        for part, (x, y) in enumerate(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)):
+            seed = step_seed(self.seed, self.step, start, self.device)
+            wrapped = isinstance(self.objective, DistributedDataParallel)
+            with self.objective.no_sync() if wrapped and part < parts - 1 else nullcontext():  # type: ignore[operator]
+                loss, correct = self.objective(x, y, seed)
+                # Processes average their gradients, so each weighs its part of the batch by the number of them.
+                share = 0.0 if count == 0 else self.world * len(y) / total
+                self.scaler.scale(loss * share).backward()
+            losses.append(loss.detach() * len(y))
+            right.append(correct)
+            start += len(y)
+        self._update()
+        self._count(torch.stack(losses).sum(), torch.stack(right).sum(), count)
+
+    def _update(self) -> None:
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        self._is_bad = ~norm.isfinite()
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.found_inf = self._is_bad.float()  # type: ignore[attr-defined]  # the fused kernel reads it
+            self.optimizer.step()
+
+    def _count(self, loss: Tensor, right: Tensor, count: int) -> None:
+        good = ~self._is_bad
+        seen = good * float(count)
+        values = torch.stack([loss.double(), right.double(), torch.full_like(loss, count, dtype=torch.float64)])
+        # A comparison, because zero times a loss that is not a number is not zero.
+        self.sums += torch.where(seen > 0, values, 0.0)
+        streak = (self.bad[0] + 1) * self._is_bad
+        self.bad.copy_(torch.stack([streak, torch.maximum(self.bad[1], streak), self.bad[2] + self._is_bad]))
+        self.step += 1
+
+
+class GraphedStep:
+    """A TrainStep replayed from a CUDA graph: captured whole on one GPU, with the batch in fixed buffers.
+
+    The first steps, and batches of another size (the last of an epoch), run eagerly. What changes from step to step is
+    on the device: the batch, the step number (and with it experts and dropout), and the learning rate.
+
+    Args:
+        step: on a CUDA device, its optimizer with a tensor for the learning rate (`make_optimizer(graphed=True)`).
+    """
+
+    def __init__(self, step: TrainStep) -> None:
+        self.eager = step
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.images = self.labels = torch.empty(0)
+        self.side = torch.cuda.Stream(step.device)
+        self.warmed_up = 0
+
+    def __call__(self, images: Tensor, labels: Tensor, first_sample: int, count: int, total: int) -> None:
+        """As TrainStep's; there is one process, so the batch is whole."""
+        step = self.eager
+        step.seed_backbone()
+        if self.graph is not None and images.shape == self.images.shape:
+            self.images.copy_(images)
+            self.labels.copy_(labels)
+            self.graph.replay()
+        elif self.graph is None and self.warmed_up >= GRAPH_WARMUP and images.shape == self.images.shape:
+            self.images.copy_(images)
+            self.labels.copy_(labels)
+            self._capture()
+        else:
+            # Where captures warm up: on the stream's own memory, not on the default one's.
+            self.side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.side):
+                step.compute(images, labels, first_sample, count, total)
+            torch.cuda.current_stream().wait_stream(self.side)
+            if self.graph is None:
+                same = images.shape == self.images.shape
+                self.warmed_up = self.warmed_up + 1 if same else 1
+                if not same:
+                    self.images, self.labels = images.clone(), labels.clone()
+        step.advance()
+
+    def _capture(self) -> None:
+        step, graph = self.eager, torch.cuda.CUDAGraph()
+        step.optimizer.zero_grad(set_to_none=True)
+        with torch.cuda.graph(graph, stream=self.side):
+            step.compute(self.images, self.labels, 0, len(self.labels), len(self.labels))
+        self.graph = graph
+        graph.replay()  # capturing records the step without taking it

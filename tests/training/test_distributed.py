@@ -1,0 +1,100 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import in_child, tiny_run, wait_for
+
+from mosa_fast.config import OptimConfig
+from mosa_fast.training.distributed import rank_slice
+from mosa_fast.training.loop import train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def free_port() -> int:
+    with socket.socket() as handle:
+        handle.bind(("localhost", 0))
+        return handle.getsockname()[1]
+
+
+def run_ranks(world: int, config) -> list[int]:
+    """Exit codes of the ranks of one run."""
+    port = free_port()
+
+    def start(rank):
+        def work():
+            address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+            os.environ.update(address, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+            train(config, progress=False)
+
+        return in_child(work)
+
+    return [wait_for(child) for child in [start(rank) for rank in range(world)]]
+
+
+def numbers(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("world", "batch", "accumulate"), [(2, 4, 2), (3, 3, 1)])
+def test_ranks_compute_what_one_process_with_the_whole_batch_would(tmp_path, world, batch, accumulate):
+    """20 images: the last step has 4 in the first case, 2 in the second, where one of the three ranks has none."""
+
+    def optim(size, parts=1):
+        return OptimConfig(lr=5e-3, epochs=2, warmup_epochs=0, batch_size=size, accumulate=parts)
+
+    train(tiny_run(tmp_path / "one", optim=optim(world * batch)), progress=False)
+    assert run_ranks(world, tiny_run(tmp_path / "many", optim=optim(batch, accumulate))) == [0] * world
+
+    for one, many in zip(numbers(tmp_path / "one"), numbers(tmp_path / "many"), strict=True):
+        assert many["train_loss"] == pytest.approx(one["train_loss"], abs=1e-6)
+        assert many["train_accuracy"] == one["train_accuracy"]
+        assert many["val_accuracy"] == one["val_accuracy"]
+    expected = load_file(tmp_path / "one" / "adapter.safetensors")
+    found = load_file(tmp_path / "many" / "adapter.safetensors")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4)
+
+
+def test_slices_are_contiguous_and_complete():
+    for samples in (0, 1, 5, 8):
+        slices = [rank_slice(samples, rank, 3) for rank in range(3)]
+        assert [i for first, last in slices for i in range(first, last)] == list(range(samples))
+        sizes = [last - first for first, last in slices]
+        assert max(sizes) - min(sizes) <= 1
+
+
+DYING = """
+import os, signal, sys
+from mosa_fast.train import main
+from mosa_fast.training.step import TrainStep
+advance = TrainStep.advance
+def die(step):
+    advance(step)
+    if step.rank == 1 and step.steps_taken == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+TrainStep.advance = die
+main(sys.argv[1:])
+"""
+
+
+def test_under_torchrun_a_rank_that_dies_ends_the_run_with_an_error(tmp_path):
+    (tmp_path / "script.py").write_text(DYING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "script.py"]
+    command += ["--model.name=test_vit", "--model.pretrained=false", "--data.shots=2", "--data.image_size=32"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--optim.batch_size=4", "--tensorboard=false", "--out=run"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment,
+    )
+    assert done.returncode not in (0, 2)
+    assert not (tmp_path / "run" / "summary.json").exists()

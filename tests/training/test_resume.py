@@ -1,0 +1,169 @@
+import json
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import in_child, tiny_run, wait_for
+
+from mosa_fast.config import LossConfig, OptimConfig
+from mosa_fast.training.checkpoint import last_checkpoint
+from mosa_fast.training.loop import train
+from mosa_fast.training.signals import Interrupted
+from mosa_fast.training.step import TrainStep
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SETTINGS = {"checkpoint_steps": 1, "loss": LossConfig(deep_reg=True)}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("whole")
+    train(tiny_run(out, **SETTINGS), progress=False)
+    torch.set_num_threads(threads)
+    return result(out)
+
+
+def result(out: Path):
+    """Everything that a run found out, without the times."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        del row["seconds"]
+    summary = json.loads((out / "summary.json").read_text())
+    numbers = {key: summary[key] for key in ("test_accuracy", "last_test_accuracy", "selected_epoch", "steps")}
+    weights = {name: tensor.numpy().tobytes() for name, tensor in load_file(out / "adapter.safetensors").items()}
+    return rows, numbers, weights
+
+
+def die_at(event: int):
+    """SIGKILL this process before its event-th step, sync, rename or removal, or halfway through its event-th write."""
+    count = 0
+
+    def watch(owner, name, halfway=None):
+        original = getattr(owner, name)
+
+        def watched(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == event:
+                if halfway:
+                    halfway(original, *args)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, watched)
+
+    watch(TrainStep, "advance")
+    watch(os, "fsync")
+    watch(Path, "replace")
+    watch(Path, "unlink")
+    watch(Path, "write_bytes", lambda original, path, data: original(path, bytes(data)[: len(data) // 2]))
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_killed_at_any_moment_again_and_again_it_ends_bit_equal(tmp_path, uninterrupted, seed):
+    dice, lives, code = random.Random(seed), 0, None
+    while code != 0:
+        event = dice.randint(1, 90)
+
+        def life(event=event):
+            die_at(event)
+            train(tiny_run(tmp_path, **SETTINGS), progress=False, resume=True)
+
+        code = wait_for(in_child(life))
+        assert code in (0, -signal.SIGKILL)
+        lives += 1
+        assert lives < 40
+    assert lives > 1
+    assert result(tmp_path) == uninterrupted
+    assert not (tmp_path / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["step", "validation"])
+def test_a_signal_saves_and_the_run_goes_on_bit_equal(tmp_path, uninterrupted, monkeypatch, number, moment):
+    def send(*_):
+        os.kill(os.getpid(), number)
+
+    if moment == "step":  # in the middle of the second epoch
+        original = TrainStep.advance
+        monkeypatch.setattr(TrainStep, "advance", lambda s: (original(s), s.steps_taken == 4 and send())[0])
+    else:
+        monkeypatch.setattr("mosa_fast.training.loop.evaluation_loader", _signal_first(send))
+    with pytest.raises(Interrupted, match="go on with --resume") as caught:
+        train(tiny_run(tmp_path, **SETTINGS), progress=False)
+    assert caught.value.signal == number
+    assert not (tmp_path / "summary.json").exists()
+    monkeypatch.undo()
+    train(tiny_run(tmp_path, **SETTINGS), progress=False, resume=True)
+    assert result(tmp_path) == uninterrupted
+
+
+def _signal_first(send):
+    from mosa_fast.data.loading import evaluation_loader
+
+    def loader(*args, **kwargs):
+        send()
+        return evaluation_loader(*args, **kwargs)
+
+    return loader
+
+
+def stopped_run(out, monkeypatch, **changes):
+    """A run that was stopped after its fourth step."""
+    original = TrainStep.advance
+
+    def advance(step):
+        original(step)
+        if step.steps_taken == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainStep, "advance", advance)
+        with pytest.raises(Interrupted):
+            train(tiny_run(out, **changes), progress=False)
+    return last_checkpoint(out)
+
+
+def test_dropout_of_the_backbone_and_the_loss_scale_are_resumed_too(tmp_path, monkeypatch):
+    from mosa_fast.config import ModelConfig
+
+    settings = {
+        "model": ModelConfig(name="test_vit", pretrained=False, backbone_dropout=0.2, drop_path=0.1),
+        "precision": "fp16-mixed",
+    }
+    train(tiny_run(tmp_path / "whole", **settings), progress=False)
+    stopped_run(tmp_path / "cut", monkeypatch, **settings)
+    train(tiny_run(tmp_path / "cut", **settings), progress=False, resume=True)
+    assert result(tmp_path / "cut") == result(tmp_path / "whole")
+
+
+def test_what_does_not_fit_is_refused_and_nothing_is_lost(tmp_path, monkeypatch):
+    checkpoint = stopped_run(tmp_path, monkeypatch)
+    before = {path.name: path.read_bytes() for path in checkpoint.parent.iterdir()}
+
+    with pytest.raises(ValueError, match="holds an unfinished run: go on with --resume"):
+        train(tiny_run(tmp_path), progress=False)
+    other = OptimConfig(lr=1e-3, epochs=3, warmup_epochs=0, batch_size=8)
+    with pytest.raises(ValueError, match=r"was started with optim\.lr 0\.005, not 0\.001"):
+        train(tiny_run(tmp_path, optim=other), progress=False, resume=True)
+    assert {path.name: path.read_bytes() for path in checkpoint.parent.iterdir()} == before
+
+    weights = next(checkpoint.parent.glob("step-*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"safetensors cannot be read"):
+        train(tiny_run(tmp_path), progress=False, resume=True)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"step-000000004\.pt cannot be read"):
+        train(tiny_run(tmp_path), progress=False, resume=True)
+
+
+def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
+    first = train(tiny_run(tmp_path), progress=False)
+    monkeypatch.setattr("mosa_fast.training.loop.Run", None)
+    assert train(tiny_run(tmp_path), progress=False, resume=True) == first
