@@ -69,6 +69,22 @@ def draw(seed: Tensor, layers: int, views: int, experts: int) -> Routing:
     return Routing(drawn.to(torch.int32), torch.stack([keys, first_sample.expand(layers)], dim=-1))
 
 
+def as_seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
+    """A seed as the functions here and the operators take it, int64 `[1]` or `[2]`; None: a fresh one.
+
+    Raises:
+        ValueError: a tensor is not int64 of one or two elements.
+    """
+    if seed is None:
+        return random_seed(device)
+    if isinstance(seed, int):
+        # Filled on the device: a copy from the host would make it wait.
+        return torch.full((1,), seed, dtype=torch.int64, device=device)
+    if seed.dtype != torch.int64 or seed.numel() not in (1, 2):
+        raise ValueError(f"seed must be an int or int64 [1] or [2], got {seed.dtype} {list(seed.shape)}")
+    return seed.reshape(-1)
+
+
 def random_seed(device: torch.device) -> Tensor:
     """A fresh seed, int64 `[1]`, from torch's random state on that device."""
     low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max

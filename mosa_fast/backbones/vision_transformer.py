@@ -1,7 +1,7 @@
 """timm's VisionTransformer with an adapter in every block.
 
-The classes below are swapped in for those of a model's own modules, in place: every parameter keeps its timm name,
-and whatever timm can do with the model it still can.
+The classes below are swapped in for those of a model's own modules, in place: every parameter keeps its timm name.
+Attention masks, which timm's forward also takes, are not supported.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mosa_fast.config import MoSAConfig
 from mosa_fast.nn import SparseAdapter
-from mosa_fast.routing import Routing, draw, random_seed
+from mosa_fast.routing import Routing, as_seed, draw
 
 
 class AdaptedBlock(Block):
@@ -70,17 +70,16 @@ class AdaptedVisionTransformer(VisionTransformer):
         routing = self._route(images.device, views, experts, seed)
         merged_views = views if routing is None else 1  # views of a merged model are all alike
         features = self.forward_features(images, routing, block_outputs)
-        return self.forward_head(features).repeat(merged_views, 1)
+        logits = self.forward_head(features)
+        return logits if merged_views == 1 else torch.cat([logits] * merged_views)
 
     def _route(
         self, device: torch.device, views: int, experts: Tensor | None, seed: Tensor | int | None
     ) -> Routing | None:
         if experts is None and not self.training:
             return None
-        if seed is None:
-            seed = random_seed(device)
-        elif not isinstance(seed, Tensor):
-            seed = torch.tensor([seed], dtype=torch.int64, device=device)
+        # Nothing is taken from torch's random state where nothing is random.
+        seed = as_seed(seed if self.training else 0, device)
         layers = len(self.blocks)
         if experts is not None:
             if experts.ndim != 3 or experts.shape[0] != layers or experts.shape[2] != 2:

@@ -9,7 +9,7 @@ from mosa_fast.config import MoSAConfig
 from mosa_fast.nn.projection import SparseProjection
 from mosa_fast.ops import sparse_adapter
 from mosa_fast.ops.reference import MERGED
-from mosa_fast.routing import draw, random_seed
+from mosa_fast.routing import as_seed, draw
 
 ADAPTFORMER_SCALE = 0.1  # METHOD: Placements
 ADAPTFORMER_DROPOUT = 0.1
@@ -100,7 +100,7 @@ class SparseAdapter(nn.Module):
         skip: Tensor | None = None,
         experts: Tensor | None = None,
         *,
-        seed: Tensor | None = None,
+        seed: Tensor | int | None = None,
         fork: bool = False,
     ) -> Tensor:
         """Apply the adapter.
@@ -110,16 +110,16 @@ class SparseAdapter(nn.Module):
             skip: output of the frozen branch, added to the result.
             experts: int32 `[V, 2]`, the (down, up) expert of each group of samples. None: drawn in training, merged
                 in evaluation. The id -1 is always the mean merge, also where the layer's own merge is joint.
-            seed: int64 `[1]` or `[2]`, seed of the dropout and of the draw (`mosa_fast.routing`). None: fresh.
+            seed: of the dropout and of the draw: an int, or int64 `[1]` or `[2]` (`mosa_fast.routing`). None: fresh.
             fork: let each of the V groups read all of x.
         """
         dropout = self.dropout if self.training else 0.0
         down_init = self.down.init
-        if self.training and seed is None and (experts is None or dropout > 0):
-            seed = random_seed(x.device)
-        if experts is None and self.training:
-            assert seed is not None
-            experts = draw(seed, 1, 1, self.config.experts).experts[0]
+        draws = self.training and experts is None
+        # Nothing is taken from torch's random state where nothing is random.
+        key = as_seed(seed if draws or dropout > 0 else 0, x.device)
+        if draws:
+            experts = draw(key, 1, 1, self.config.experts).experts[0]
         elif experts is None:
             experts = torch.full((1, 2), MERGED, dtype=torch.int32, device=x.device)
             if self.config.merge == "joint":
@@ -140,7 +140,7 @@ class SparseAdapter(nn.Module):
             activation="gelu",
             scale=self.scale,
             dropout=dropout,
-            seed=0 if seed is None else seed,
+            seed=key,
             fork=fork,
             eps=self.norm.eps,
         )

@@ -3,8 +3,8 @@ import copy
 import pytest
 import timm
 import torch
-from conftest import make_tiny_vit
 from oracle import OracleViT
+from tiny_vit import make_tiny_vit
 
 import mosa_fast as mosa
 from mosa_fast.backbones.adapt import adapters

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from conftest import make_tiny_vit
 from safetensors.torch import load_file, save_file
+from tiny_vit import make_tiny_vit
 
 import mosa_fast as mosa
 from mosa_fast.backbones.adapter_file import FORMAT

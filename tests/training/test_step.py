@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import make_tiny_vit
+from tiny_vit import make_tiny_vit
 from torch import nn
 
 import mosa_fast as mosa
