@@ -46,7 +46,7 @@ def test_ranks_compute_what_one_process_with_the_whole_batch_would(tmp_path, wor
     """20 images: the last step has 4 in the first case, 2 in the second, where one of the three ranks has none."""
 
     def optim(size, parts=1):
-        return OptimConfig(lr=5e-3, epochs=2, warmup_epochs=0, batch_size=size, accumulate=parts)
+        return OptimConfig(lr=1e-3, epochs=2, warmup_epochs=0, batch_size=size, accumulate=parts)
 
     train(tiny_run(tmp_path / "one", optim=optim(world * batch)), progress=False)
     assert run_ranks(world, tiny_run(tmp_path / "many", optim=optim(batch, accumulate))) == [0] * world

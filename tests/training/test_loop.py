@@ -1,14 +1,18 @@
 import json
+import sys
+import types
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_runs import tiny_run
 
 import mosa_fast as mosa
 from mosa_fast.backbones.embedded import create_embedded
 from mosa_fast.config import DataConfig, LossConfig, MoSAConfig, OptimConfig, TrainConfig
 from mosa_fast.data import load_data
-from mosa_fast.training.loop import pick_device, train
+from mosa_fast.training.distributed import pick_device
+from mosa_fast.training.loop import train
 
 
 def small_run(out, **changes) -> TrainConfig:
@@ -55,10 +59,10 @@ def test_same_seed_same_bits(finished, tmp_path):
 
 def test_a_search_leaves_the_test_images_alone(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("mosa_fast.training.loop.evaluate", lambda model, loader, device: seen.append(loader) or 50.0)
+    monkeypatch.setattr("mosa_fast.training.loop.evaluate", lambda model, loader, *_: seen.append(loader) or 50.0)
     summary = train(small_run(tmp_path, test=False), progress=False)
     assert "test_accuracy" not in summary
-    assert [len(loader.dataset) for loader in seen] == [200]
+    assert [len(loader.dataset.dataset) for loader in seen] == [200]
 
 
 @pytest.mark.parametrize("method", ["linear", "full", "scratch"])
@@ -81,3 +85,33 @@ def test_devices():
     for name in ("cuda:99", "nonsense"):
         with pytest.raises(ValueError, match="is not available here"):
             pick_device(name)
+
+
+def test_early_stopping(tmp_path, monkeypatch):
+    """Two validations without a better one after the second, which is selected."""
+    scores = iter([10.0, 30.0, 20.0, 30.0, 90.0])
+    monkeypatch.setattr("mosa_fast.training.loop.evaluate", lambda *_: next(scores))
+    summary = train(tiny_run(tmp_path, patience=2, optim=OptimConfig(epochs=9), test=False), progress=False)
+    assert (summary["epochs"], summary["selected_epoch"], summary["val_accuracy"]) == (4, 2, 30.0)
+
+
+def test_numbers_go_to_tensorboard_and_to_wandb(tmp_path, monkeypatch):
+    event_files = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    logged = []
+    project = types.SimpleNamespace(log=lambda numbers, step: logged.append((step, numbers)), finish=lambda: None)
+    started = []
+    stub = types.SimpleNamespace(init=lambda **settings: started.append(settings) or project)
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    train(tiny_run(tmp_path, tensorboard=True, wandb="here", log_every=2), progress=False)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    events = event_files.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train_loss")] == [3, 6, 9]
+    assert [event.value for event in events.Scalars("val_accuracy")] == [row["val_accuracy"] for row in rows]
+    assert [event.step for event in events.Scalars("running_loss")] == [2, 4, 6, 8]
+    assert started[0]["project"] == "here"
+    assert [numbers["val_accuracy"] for _, numbers in logged if "val_accuracy" in numbers] == [
+        row["val_accuracy"] for row in rows
+    ]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="wandb is not installed"):
+        train(tiny_run(tmp_path / "other", wandb="here"), progress=False)
