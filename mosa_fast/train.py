@@ -8,6 +8,7 @@ from importlib.resources import as_file, files
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from mosa_fast.config import TrainConfig
+from mosa_fast.recipes import ActionRecipe
 
 
 def main() -> None:
@@ -42,7 +43,7 @@ def make_parser() -> ArgumentParser:
     """All options of a run, from the dataclasses' fields and their docstrings."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog="python -m mosa_fast.train", description="Fine-tune a frozen ViT with MoSA adapters.")
-    parser.add_argument("--config", action="config", help="YAML recipe; later options override it")
+    parser.add_argument("--config", action=ActionRecipe, help="YAML recipe, or its name as in fgvc/cub; later ones win")
     parser.add_class_arguments(TrainConfig, nested_key=None)
     return parser
 

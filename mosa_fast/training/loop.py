@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mosa_fast.backbones.adapter_file import load_trained_state, save_adapter, trained_state
-from mosa_fast.backbones.create import input_size
+from mosa_fast.backbones.create import channel_statistics, input_size
 from mosa_fast.backbones.vision_transformer import AdaptedVisionTransformer
 from mosa_fast.config import TrainConfig
 from mosa_fast.data import load_data
+from mosa_fast.data.transforms import IMAGENET, Statistics
 from mosa_fast.files import write_atomically
 from mosa_fast.routing import step_seed
 from mosa_fast.training.losses import DEEP_BLOCKS, class_weights, mosa_loss
@@ -32,8 +33,8 @@ EVAL_BATCH_FACTOR = 4  # evaluation keeps no activations, so its batches can be 
 def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
     """Run a training from data to report.
 
-    The epoch with the best validation accuracy is selected; test is evaluated once, after the last epoch, for the
-    selected weights and for the last ones.
+    The epoch with the best validation accuracy is selected, the last one where there are no validation images
+    (data.mode final); test is evaluated once, after the last epoch, for the selected weights and for the last ones.
 
     Args:
         config: the run.
@@ -49,7 +50,9 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
     device = pick_device(config.device)
     if config.data.image_size is None:
         config.data.image_size = input_size(config.model)
-    splits = load_data(config.data, config.data.image_size, config.seed)
+    own = config.data.normalisation == "backbone"
+    statistics = Statistics(*channel_statistics(config.model)) if own else IMAGENET
+    splits = load_data(config.data, config.data.image_size, config.seed, statistics)
     classes = len(splits.classes)
     model = build_model(config, classes).to(device)
 
@@ -59,9 +62,10 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(config.seed)
         return DataLoader(dataset, batch, shuffle=train, num_workers=workers, generator=generator)
 
-    train_loader, val_loader = loader(splits.train, train=True), loader(splits.val, train=False)
+    train_loader = loader(splits.train, train=True)
+    val_loader = None if splits.val is None else loader(splits.val, train=False)
     steps_per_epoch = len(train_loader)
-    optimizer = make_optimizer(model, config.optim.lr, config.optim.weight_decay)
+    optimizer = make_optimizer(model, config.optim.lr, config.optim.weight_decay, config.optim.optimizer)
     warmup = round(config.optim.warmup_epochs * steps_per_epoch)
     schedule = make_schedule(optimizer, config.optim.epochs * steps_per_epoch, warmup)
     weights = class_weights(splits.train_labels, classes, config.loss.class_weights)
@@ -104,7 +108,10 @@ def train(config: TrainConfig, *, progress: bool = True) -> dict[str, Any]:
             "lr": schedule.get_last_lr()[0],
             "seconds": round(time.perf_counter() - start, 2),
         }
-        if epoch % config.eval_every == 0 or epoch == config.optim.epochs:
+        if val_loader is None:
+            if epoch == config.optim.epochs:
+                best = {"val_accuracy": None, "epoch": epoch, "state": _snapshot(model)}
+        elif epoch % config.eval_every == 0 or epoch == config.optim.epochs:
             row["val_accuracy"] = evaluate(model, val_loader, device)
             if row["val_accuracy"] > best["val_accuracy"]:
                 best = {"val_accuracy": row["val_accuracy"], "epoch": epoch, "state": _snapshot(model)}
@@ -185,7 +192,9 @@ def _snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 def _closing_table(summary: dict[str, Any], weights_file: Path) -> str:
     out = weights_file.parent
-    rows = [("validation accuracy", f"{summary['val_accuracy']:.2f} %  (epoch {summary['selected_epoch']})")]
+    rows = [("validation accuracy", "none: trained on the validation images too, the last epoch counts")]
+    if summary["val_accuracy"] is not None:
+        rows = [("validation accuracy", f"{summary['val_accuracy']:.2f} %  (epoch {summary['selected_epoch']})")]
     if "test_accuracy" in summary:
         rows.append(("test accuracy", f"{summary['test_accuracy']:.2f} %"))
         rows.append(("test accuracy, last epoch", f"{summary['last_test_accuracy']:.2f} %"))

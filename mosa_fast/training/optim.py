@@ -1,4 +1,4 @@
-"""AdamW with decay groups, and a schedule of warm-up and cosine per step."""
+"""AdamW (or SGD) with decay groups, and a schedule of warm-up and cosine per step."""
 
 from __future__ import annotations
 
@@ -6,21 +6,24 @@ import math
 
 import torch
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 BETAS = (0.9, 0.999)
 EPS = 1e-6  # RECIPES: Training recipes
+MOMENTUM = 0.9  # of SGD; RECIPES: Training recipes, linear probe
 
 
-def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> AdamW:
-    """AdamW over everything trained; biases are not decayed. A weight decay of 0 means just that."""
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float, optimizer: str = "adamw") -> torch.optim.Optimizer:
+    """AdamW or SGD over everything trained; biases are not decayed. A weight decay of 0 means just that."""
     decayed: list[nn.Parameter] = []
     biases: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (biases if name.endswith("bias") else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": biases, "weight_decay": 0.0}]
+    if optimizer == "sgd":
+        return SGD(groups, lr=lr, momentum=MOMENTUM)
     return AdamW(groups, lr=lr, betas=BETAS, eps=EPS)
 
 
