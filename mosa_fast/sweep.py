@@ -24,7 +24,7 @@ from mosa_fast.recipes import find_recipe, load_recipe, packaged
 
 SEARCH = ("--test=false", "--data.mode=tune")  # validation images are held out, test images are not read
 FOLDERS_OF_PARTS = ("base", "backbones")  # what recipes are made from
-STOPPED = (130, 143)  # exit codes of a run that was told to stop
+STOPPED = (130, 143, -2, -15)  # exit codes of a run that SIGINT or SIGTERM stopped
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 WRAPPERS = ("state_dict", "model", "teacher")  # what training scripts put a model's weights under
 PREFIXES = ("module.base_encoder.", "base_encoder.", "module.", "backbone.")  # from the most special to the least
 HEADS = ("head.", "head_dist.", "fc_head.")
-NOT_BACKBONE = ("decoder_", "mask_token")  # MAE's decoder
+DECODER = "decoder_"  # MAE's; its mask token, and DINOv2's by which timm knows that release, is left to timm
 SHOWN = 8  # problems listed in a message
 
 
@@ -89,7 +89,7 @@ def unwrap(content: object) -> dict[str, Tensor]:
         if any(name.startswith(prefix) for name in tensors):
             tensors = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
             break
-    return {name: tensor for name, tensor in tensors.items() if not _is_head(name) and not _left_out(name)}
+    return {name: tensor for name, tensor in tensors.items() if not _is_head(name) and not name.startswith(DECODER)}
 
 
 def _read(path: Path) -> object:
@@ -136,10 +136,6 @@ def _check_fit(
 
 def _is_head(name: str) -> bool:
     return name.startswith(HEADS)
-
-
-def _left_out(name: str) -> bool:
-    return name.startswith(NOT_BACKBONE)
 
 
 def _load_npz(model: nn.Module, path: Path) -> None:
