@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from mosa_fast import sweep as module
+from mosa_fast.data import digits
 from mosa_fast.sweep import Run, find_recipes, groups, main, parse_grid, sweep, table
 from mosa_fast.train import main as train_main
 
@@ -45,6 +46,8 @@ def test_a_sweep_of_real_runs(tmp_path, monkeypatch, command):
         return type("Done", (), {"returncode": 0})
 
     monkeypatch.setattr(module.subprocess, "run", train_here)
+    monkeypatch.setattr(digits, "TEST_PER_CLASS", 5)
+    monkeypatch.setattr(digits, "VAL_PER_CLASS", 5)
     arguments = ["--configs", "digits", "--out", tmp_path, "--seeds", 2, "--grid", "optim.lr=1e-9,5e-3", *FAST]
     code, out, error = command(main, *arguments)
     assert code == 0, error
