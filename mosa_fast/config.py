@@ -77,17 +77,30 @@ class DataConfig:
     """The images."""
 
     name: str = "digits"
-    """digits: the embedded 8x8 handwritten digits; folder: ROOT/{train,val,test}/<class>/*.jpg."""
+    """digits: the embedded 8x8 handwritten digits; folder: ROOT/{train,val,test}/<class>/*.jpg; fgvc: one of the five
+    fine-grained sets, or all; vtab: a task of VTAB-1k; gicd: CIFAR-100, Aircraft or Food-101 through torchvision."""
+    task: str | None = None
+    """Data set of the family. fgvc: cub, nabirds, flowers, dogs, cars, multitask; vtab: its 19 tasks; gicd: cifar100,
+    aircraft, food101."""
     root: str | None = None
-    """Folder of the data set; digits needs none."""
+    """Folder of the data set (vtab: of all tasks); digits needs none."""
+    download: bool = False
+    """gicd only: fetch what is missing."""
+    mode: Literal["tune", "final"] = "tune"
+    """vtab and gicd. tune: validation images choose the epoch; final: they are trained on too, so that there is nothing
+    to choose with and the last epoch is reported."""
+    fraction: float | None = None
+    """fgvc only: train on train_<fraction>.json, as in train_0.1.json. None: on train.json."""
+    normalisation: Literal["imagenet", "backbone"] = "imagenet"
+    """Mean and standard deviation of images from files: ImageNet's, as in the paper, or the backbone's own."""
     shots: int | None = 50
     """digits only: training images per class, at most 80. None: all of them."""
     image_size: int | None = None
     """Side of the square images in pixels. None: what the backbone expects."""
     workers: int = 2
-    """Processes that load images (folder only)."""
+    """Processes that load images (none for digits)."""
     val_fraction: float = 0.1
-    """Part of the training images, cut class by class with the run's seed, used where there is no val folder."""
+    """Part of the training images, cut class by class with the run's seed, where no validation images are given."""
 
 
 @dataclass
@@ -97,7 +110,11 @@ class ModelConfig:
     name: str = "embedded"
     """A timm VisionTransformer, or embedded: the small ViT that travels in the package."""
     pretrained: bool = True
-    """Load pretrained weights: timm downloads its own, the embedded ones are shipped."""
+    """Load pretrained weights: those of `checkpoint`; without one, timm downloads its own, the embedded are shipped."""
+    checkpoint: str | None = None
+    """File with the backbone's weights (npz of the original ViT, pth, pth.tar, safetensors); its head is dropped."""
+    checkpoint_md5: str | None = None
+    """What the MD5 digest of the checkpoint begins with; another file is refused. None: any file."""
     head_init: Literal["timm", "published"] = "timm"
     """Initial head. published: Kaiming-normal fan-out weights, bias -ln 99; timm: as timm makes it."""
     backbone_dropout: float = 0.0
@@ -108,12 +125,14 @@ class ModelConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW, linear warm-up per step, cosine to zero."""
+    """AdamW or SGD, linear warm-up per step, cosine to zero."""
 
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """adamw: betas 0.9 and 0.999, eps 1e-6; sgd: momentum 0.9 (the paper's linear probes)."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.01
-    """Decay of AdamW, on everything but biases."""
+    """Weight decay, on everything but biases."""
     epochs: int = 100
     """Passes over the training images."""
     warmup_epochs: float = 10.0
@@ -216,6 +235,7 @@ class TrainConfig:
             ("checkpoint_steps", self.checkpoint_steps, 1),
             ("log_every", self.log_every, 1),
             ("data.workers", self.data.workers, 0),
+            ("data.image_size", self.data.image_size or 1, 1),
         ):
             if value is not None and not low <= value < inf:
                 raise ValueError(f"{name} must be at least {low}, got {value}")
@@ -232,6 +252,10 @@ class TrainConfig:
             raise ValueError(f"precision bf16-true needs a frozen backbone; use bf16-mixed with method {self.method}")
         if self.precision == "fp16-mixed" and self.cuda_graphs:
             raise ValueError("cuda_graphs works with fp32, bf16-mixed and bf16-true, not with fp16-mixed")
+        if self.optim.optimizer == "sgd" and self.cuda_graphs:
+            raise ValueError("cuda_graphs needs optim.optimizer adamw")
+        if self.data.fraction is not None and not 0.0 < self.data.fraction <= 1.0:
+            raise ValueError(f"data.fraction must be above 0 and at most 1, got {self.data.fraction}")
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

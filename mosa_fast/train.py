@@ -9,6 +9,7 @@ from jsonargparse import set_parsing_settings
 
 from mosa_fast.command_line import Parser, one_line_errors
 from mosa_fast.config import TrainConfig
+from mosa_fast.recipes import ActionRecipe
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -48,7 +49,7 @@ def make_parser() -> Parser:
     """All options of a run, from the dataclasses' fields and their docstrings."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(prog="python -m mosa_fast.train", description="Fine-tune a frozen ViT with MoSA adapters.")
-    parser.add_argument("--config", action="config", help="YAML recipe; later options override it")
+    parser.add_argument("--config", action=ActionRecipe, help="YAML recipe, or its name as in fgvc/cub; later ones win")
     parser.add_argument(
         "--resume",
         action="store_true",

@@ -18,6 +18,23 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs a command line's `main` in this process: (exit code, standard output, standard error)."""
+
+    def run(main, *arguments):
+        monkeypatch.setattr("sys.argv", ["program", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
@@ -95,7 +96,7 @@ def adapters(model: nn.Module) -> Iterator[SparseAdapter]:
     return (block.adapter for block in model.blocks if isinstance(block, AdaptedBlock))
 
 
-def classifiers(model: VisionTransformer) -> tuple[nn.Module, ...]:
+def classifiers(model: VisionTransformer | SwinTransformer) -> tuple[nn.Module, ...]:
     """The classification heads of a timm model (a distilled one has two)."""
     heads = model.get_classifier()
     return tuple(heads) if isinstance(heads, tuple) else (heads,)

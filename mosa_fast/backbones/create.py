@@ -6,18 +6,24 @@ import math
 from typing import Any
 
 import timm
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import nn
 
 from mosa_fast.backbones import embedded
 from mosa_fast.backbones.adapt import classifiers
+from mosa_fast.backbones.checkpoints import load_checkpoint
 from mosa_fast.config import ModelConfig
 
 PUBLISHED_PRIOR = 0.01  # the published head starts at this probability for every class
 
 
-def create_backbone(config: ModelConfig, num_classes: int, image_size: int | None = None) -> VisionTransformer:
-    """A timm VisionTransformer as a run's model section describes it, on the CPU in float32.
+def create_backbone(
+    config: ModelConfig, num_classes: int, image_size: int | None = None
+) -> VisionTransformer | SwinTransformer:
+    """A timm VisionTransformer or SwinTransformer as a run's model section describes it, in float32.
+
+    It is made on torch's default device. Swin can be probed or fine-tuned; its adapters are not there yet.
 
     Args:
         config: the model section.
@@ -25,25 +31,29 @@ def create_backbone(config: ModelConfig, num_classes: int, image_size: int | Non
         image_size: side of the images; None: the model's own. Position embeddings are resampled.
 
     Raises:
-        ValueError: timm has no such model, or it is not a VisionTransformer.
+        ValueError: timm has no such model, it is of another kind, its weights cannot be downloaded, or the checkpoint
+            file does not fit it.
     """
-    kwargs: dict[str, Any] = {"proj_drop_rate": config.backbone_dropout, "pos_drop_rate": config.backbone_dropout}
-    kwargs["drop_path_rate"] = config.drop_path
-    if config.name == embedded.NAME:
+    kwargs: dict[str, Any] = {"proj_drop_rate": config.backbone_dropout, "drop_path_rate": config.drop_path}
+    is_embedded = config.name == embedded.NAME
+    is_swin = not is_embedded and family(config.name) == "swin_transformer"
+    # timm's Swin has no position embeddings; its proj_drop_rate also covers what follows the patch embedding
+    kwargs |= {} if is_swin else {"pos_drop_rate": config.backbone_dropout}
+    from_timm = config.pretrained and config.checkpoint is None
+    if is_embedded:
         if image_size not in (None, embedded.IMAGE_SIZE):
             raise ValueError(f"the embedded backbone takes images of {embedded.IMAGE_SIZE} pixels, not {image_size}")
-        model: nn.Module = embedded.create_embedded(num_classes, pretrained=config.pretrained, **kwargs)
+        model: nn.Module = embedded.create_embedded(num_classes, pretrained=from_timm, **kwargs)
     else:
-        if not timm.is_model(config.name):
-            near = ", ".join(timm.list_models(f"*{config.name.split('_')[0]}*")[:5])
-            raise ValueError(f"timm has no model {config.name!r}" + (f"; it has {near}, ..." if near else ""))
         if image_size is not None:
             kwargs["img_size"] = image_size
-        model = timm.create_model(config.name, pretrained=config.pretrained, num_classes=num_classes, **kwargs)
-        if not isinstance(model, VisionTransformer):
+        model = _create(config.name, pretrained=from_timm, num_classes=num_classes, **kwargs)
+        if not isinstance(model, (VisionTransformer, SwinTransformer)):
             raise ValueError(f"model.name must be a timm VisionTransformer, {config.name} is a {type(model).__name__}")
-    assert isinstance(model, VisionTransformer)
-    for module in model.blocks.modules():
+    assert isinstance(model, (VisionTransformer, SwinTransformer))
+    if config.pretrained and config.checkpoint is not None:
+        load_checkpoint(model, config.checkpoint, config.checkpoint_md5)
+    for module in model.modules():
         if isinstance(module, Attention):
             module.proj_drop.p = 0.0  # the published backbones drop on the embeddings and in the MLPs only
     if config.head_init == "published":
@@ -54,9 +64,54 @@ def create_backbone(config: ModelConfig, num_classes: int, image_size: int | Non
     return model
 
 
+def _create(name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    except Exception as error:
+        if not pretrained:
+            raise
+        # The hub's clients raise errors of many kinds, and not all of them are public.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"no pretrained weights of {name} ({reason}): give a local file with --model.checkpoint, or start from "
+            f"random weights with --model.pretrained false"
+        ) from None
+
+
+def family(name: str) -> str:
+    """Timm's module that a model comes from, as "vision_transformer".
+
+    Raises:
+        ValueError: timm has no such model.
+    """
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
+        raise ValueError(f"timm has no model {name!r}" + (f"; it has {near}, ..." if near else ""))
+    return timm.model_entrypoint(name).__module__.rpartition(".")[2]
+
+
+def check_adaptable(config: ModelConfig) -> None:
+    """Raise ValueError for a backbone that adapters cannot be put into, before anything is downloaded for it."""
+    if config.name != embedded.NAME and family(config.name) == "swin_transformer":
+        raise ValueError(
+            f"{config.name}: Swin's adapters are not there yet; --method linear and --method full train Swin"
+        )
+
+
 def input_size(config: ModelConfig) -> int:
     """Side in pixels of the images that a backbone was made for."""
     if config.name == embedded.NAME:
         return embedded.IMAGE_SIZE
     settings = timm.get_pretrained_cfg(config.name)
     return settings.input_size[-1] if settings is not None else 224
+
+
+def channel_statistics(config: ModelConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the channels that a backbone was pretrained with, of pixels in [0, 1]."""
+    if config.name == embedded.NAME:
+        return (0.5,) * 3, (0.5,) * 3
+    family(config.name)
+    settings = timm.get_pretrained_cfg(config.name)
+    if settings is None:
+        raise ValueError(f"timm does not know the normalisation of {config.name}: use data.normalisation imagenet")
+    return tuple(settings.mean), tuple(settings.std)

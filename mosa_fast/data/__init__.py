@@ -2,28 +2,99 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from mosa_fast.config import DataConfig, check_choice
 from mosa_fast.data.splits import Splits
+from mosa_fast.data.transforms import IMAGENET, Statistics, Transforms, image_transform, squash_transform
 
-FAMILIES = ("digits", "folder")
+FAMILIES = ("digits", "folder", "fgvc", "vtab", "gicd")
 
 
-def load_data(config: DataConfig, image_size: int, seed: int) -> Splits:
+def load_data(
+    config: DataConfig, image_size: int, seed: int, statistics: Statistics = IMAGENET, *, strict: bool = True
+) -> Splits:
     """The data set that a configuration names.
 
     Args:
         config: the data section of a run.
         image_size: side of the images in pixels.
         seed: of every random split.
+        statistics: mean and standard deviation that images are normalised with (digits bring their own).
+        strict: refuse missing images and labels out of range; the data check wants to see all of them instead.
 
     Raises:
-        ValueError: the name is unknown, or files are missing or do not fit.
+        ValueError: the name is unknown, an option is not for this family, or files are missing or do not fit.
     """
     check_choice("data.name", config.name, FAMILIES)
+    _check_options(config)
     if config.name == "digits":
         from mosa_fast.data.digits import load_digits
 
         return load_digits(config.shots, image_size, seed)
+    if config.root is None:
+        raise ValueError(f"data.root is needed: {_WHERE[config.name]}")
+    root = Path(config.root).expanduser()
+    if config.name == "vtab":
+        from mosa_fast.data.vtab import load_vtab
+
+        squash = squash_transform(image_size, statistics)
+        return load_vtab(config, Transforms(squash, squash), root, strict=strict)
+    transforms = Transforms(
+        *(image_transform(image_size, train=train, statistics=statistics) for train in (True, False))
+    )
+    if config.name == "fgvc":
+        from mosa_fast.data.fgvc import load_fgvc
+
+        return load_fgvc(config, transforms, root, strict=strict)
+    if config.name == "gicd":
+        from mosa_fast.data.gicd import load_gicd
+
+        return load_gicd(config, transforms, root, seed, strict=strict)
     from mosa_fast.data.folder import load_folder
 
-    return load_folder(config.root, image_size, config.val_fraction, seed)
+    return load_folder(root, transforms, config.val_fraction, seed)
+
+
+_WHERE = {
+    "folder": "the folder that holds train, val and test",
+    "fgvc": "the folder that holds train.json, val.json, test.json and the images (multitask: the folders FGVC-<set>)",
+    "vtab": "the folder that holds one folder for each task",
+    "gicd": "the folder that torchvision keeps the data set in, or downloads it to with --data.download true",
+}
+
+
+def tasks(family: str) -> tuple[str, ...]:
+    """The data sets of a family, as `data.task` names them; none where a family is one data set."""
+    if family == "fgvc":
+        from mosa_fast.data.fgvc import SETS
+
+        return (*SETS, "multitask")
+    if family == "vtab":
+        from mosa_fast.data.vtab import TASKS
+
+        return tuple(TASKS)
+    if family == "gicd":
+        from mosa_fast.data.gicd import TASKS
+
+        return tuple(TASKS)
+    return ()
+
+
+def _check_options(config: DataConfig) -> None:
+    choices = tasks(config.name)
+    if choices:
+        check_choice("data.task", config.task, choices)
+    for option, families in _OPTIONS.items():
+        value, default = getattr(config, option), getattr(DataConfig(), option)
+        if value != default and config.name not in families:
+            raise ValueError(f"data.{option} is for {' and '.join(families)}, not for {config.name}")
+
+
+_OPTIONS = {
+    "task": ("fgvc", "vtab", "gicd"),
+    "mode": ("vtab", "gicd"),
+    "fraction": ("fgvc",),
+    "download": ("gicd",),
+    "normalisation": ("folder", "fgvc", "vtab", "gicd"),
+}

@@ -4,45 +4,42 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch.utils.data import Subset
 from torchvision.datasets import ImageFolder
 
+from mosa_fast.data.images import ImageFiles
 from mosa_fast.data.split import stratified_split
 from mosa_fast.data.splits import Splits
-from mosa_fast.data.transforms import image_transform
+from mosa_fast.data.transforms import Transforms
 
 
-def load_folder(root: str | None, image_size: int, val_fraction: float, seed: int) -> Splits:
+def load_folder(root: Path, transforms: Transforms, val_fraction: float, seed: int) -> Splits:
     """Read the three folders; a missing val is cut from train, class by class.
 
     Raises:
         ValueError: a folder is missing or empty, or the classes of the parts differ.
     """
-    if root is None:
-        raise ValueError("data.root is needed: the folder that holds train, val and test")
-    augmented = _read(Path(root), "train", image_size, train=True)
-    test = _read(Path(root), "test", image_size, train=False)
-    labels = augmented.targets
-    if (Path(root) / "val").is_dir():
-        val = _read(Path(root), "val", image_size, train=False)
-        _check_classes("val", val, augmented)
-        splits = Splits(augmented, val, test, labels, augmented.classes)
+    train, test = _read(root, "train"), _read(root, "test")
+    if (root / "val").is_dir():
+        val = _read(root, "val")
+        _check_classes("val", val, train)
+        kept, held_out = train.samples, val.samples
     else:
-        # The same files read twice: held-out images must not be augmented.
-        plain = _read(Path(root), "train", image_size, train=False)
-        held_out, kept = stratified_split(labels, val_fraction, seed)
-        train_labels = [labels[index] for index in kept]
-        splits = Splits(Subset(augmented, kept), Subset(plain, held_out), test, train_labels, augmented.classes)
-    _check_classes("test", test, augmented)
-    return splits
+        first, second = stratified_split(train.targets, val_fraction, seed)
+        held_out, kept = ([train.samples[index] for index in indices] for indices in (first, second))
+        if not held_out:
+            raise ValueError(f"{root / 'train'} has too few images to cut a validation part from: add a folder val")
+    _check_classes("test", test, train)
+    data = ImageFiles(kept, transforms.train)
+    val_data, test_data = (ImageFiles(samples, transforms.evaluate) for samples in (held_out, test.samples))
+    return Splits(data, val_data, test_data, data.targets, train.classes)
 
 
-def _read(root: Path, part: str, image_size: int, *, train: bool) -> ImageFolder:
+def _read(root: Path, part: str) -> ImageFolder:
     folder = root / part
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}: data.root must hold train and test (val is optional)")
     try:
-        return ImageFolder(str(folder), transform=image_transform(image_size, train=train))
+        return ImageFolder(str(folder))
     except FileNotFoundError as error:
         raise ValueError(f"{folder} cannot be used: {error}") from None
 

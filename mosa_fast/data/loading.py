@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset, default_collate
 
+from mosa_fast.data.images import ImageArrays
 from mosa_fast.data.splits import Splits
 
 PREFETCH = 4  # batches that each worker loads ahead
@@ -150,7 +151,8 @@ def drop_unreadable(splits: Splits) -> Splits:
     Raises:
         ValueError: a part, or a class of the training images, has nothing left.
     """
-    kept = {part: _readable(getattr(splits, part)) for part in ("train", "val", "test")}
+    present = [part for part in ("train", "val", "test") if getattr(splits, part) is not None]
+    kept = {part: _readable(getattr(splits, part)) for part in present}
     labels = [splits.train_labels[index] for index in kept["train"]]
     empty = sorted(set(splits.train_labels) - set(labels))
     if empty:
@@ -169,7 +171,7 @@ def cache_decoded(*datasets: Dataset[Any]) -> None:
     for dataset in datasets:
         while isinstance(dataset, Subset):
             dataset = dataset.dataset
-        if isinstance(dataset, TensorDataset):
+        if isinstance(dataset, (TensorDataset, ImageArrays)):
             continue  # in memory already
         if not (hasattr(dataset, "samples") and hasattr(dataset, "loader")):
             raise ValueError(f"loader.cache needs a data set of image files, not {type(dataset).__name__}")

@@ -13,13 +13,15 @@ class Splits:
     """The three parts of a data set, each giving (image `[3, H, W]` float32, label int).
 
     Attributes:
-        train, val, test: data sets; selection looks at val only, test is opened once, at the end.
+        train, val, test: data sets; selection looks at val only, test is opened once, at the end. val is None where
+            the validation images are trained on (data.mode final): there is nothing to select with, so that the last
+            epoch is the one to report.
         train_labels: labels of the training images, in order.
         classes: names of the classes, by label.
     """
 
     train: Dataset[Any]
-    val: Dataset[Any]
+    val: Dataset[Any] | None
     test: Dataset[Any]
     train_labels: list[int]
     classes: list[str]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sized
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mosa_fast.backbones.adapter_file import load_trained_state, save_adapter, trained_state
-from mosa_fast.backbones.create import input_size
+from mosa_fast.backbones.create import channel_statistics, input_size
 from mosa_fast.backbones.vision_transformer import AdaptedVisionTransformer
 from mosa_fast.config import LossConfig, TrainConfig
 from mosa_fast.data import load_data
 from mosa_fast.data.loading import StepSampler, batches, cache_decoded, drop_unreadable, evaluation_loader, train_loader
 from mosa_fast.data.splits import Splits
+from mosa_fast.data.transforms import IMAGENET, Statistics
 from mosa_fast.files import write_atomically
 from mosa_fast.training.checkpoint import last_checkpoint, load_checkpoint, remove_checkpoints, save_checkpoint
 from mosa_fast.training.distributed import Ranks, join_ranks, rank_slice
@@ -44,8 +46,8 @@ from mosa_fast.training.step import GraphedStep, Objective, TrainStep
 def train(config: TrainConfig, *, progress: bool = True, resume: bool = False) -> dict[str, Any]:
     """Run a training from data to report.
 
-    The epoch with the best validation accuracy is selected; test is evaluated once, after the last epoch, for the
-    selected weights and for the last ones.
+    The epoch with the best validation accuracy is selected, the last one where there are no validation images
+    (data.mode final); test is evaluated once, after the last epoch, for the selected weights and for the last ones.
 
     Args:
         config: the run.
@@ -107,7 +109,9 @@ class Run:
         self.steps_per_epoch = len(self.train_loader)
         self.steps = optim.epochs * self.steps_per_epoch
 
-        self.optimizer = make_optimizer(self.model, optim.lr, optim.weight_decay, graphed=config.cuda_graphs)
+        self.optimizer = make_optimizer(
+            self.model, optim.lr, optim.weight_decay, optim.optimizer, graphed=config.cuda_graphs
+        )
         warmup = round(optim.warmup_epochs * self.steps_per_epoch)
         self.schedule = make_schedule(self.optimizer, self.steps, warmup)
         self.step = self._make_step()
@@ -172,17 +176,18 @@ class Run:
             "seconds": round(self._seconds(), 2),
         }
         last = epoch == self.config.optim.epochs
-        if last or epoch % self.config.eval_every == 0:
+        if self.splits.val is None:
+            if last:
+                self._select(epoch, None)
+        elif last or epoch % self.config.eval_every == 0:
             row["val_accuracy"] = self._evaluate(self.splits.val)
             self.validations_since_best += 1
             if row["val_accuracy"] > self.best["val_accuracy"]:
-                self.best = {"val_accuracy": row["val_accuracy"], "epoch": epoch}
-                self.best_weights = {name: t.detach().clone() for name, t in trained_state(self.model).items()}
-                self.validations_since_best = 0
+                self._select(epoch, row["val_accuracy"])
         self.epochs_done = epoch
         self.step.sums.zero_()
         shown = {"epoch": str(epoch), "loss": f"{row['train_loss']:.3f}", "train": f"{row['train_accuracy']:.1f}%"}
-        if self.best["epoch"]:
+        if self.best["epoch"] and self.splits.val is not None:
             shown["val"] = f"{row.get('val_accuracy', self.best['val_accuracy']):.1f}%"
         shown["images/s"] = self._speed()
         self.bar.update(self.step.steps_taken, shown, epoch_end=True)
@@ -233,6 +238,11 @@ class Run:
                 print(closing_table(summary, weights_file))
         self.ranks.barrier()
         return summary
+
+    def _select(self, epoch: int, val_accuracy: float | None) -> None:
+        self.best = {"val_accuracy": val_accuracy, "epoch": epoch}
+        self.best_weights = {name: t.detach().clone() for name, t in trained_state(self.model).items()}
+        self.validations_since_best = 0
 
     def _make_step(self) -> TrainStep:
         config, device = self.config, self.ranks.device
@@ -368,11 +378,16 @@ class Run:
 def load_run_data(config: TrainConfig) -> Splits:
     """The data of a run, with its loader options applied; `config.data.image_size` is set."""
     assert config.data.image_size is not None
-    splits = load_data(config.data, config.data.image_size, config.seed)
+    own = config.data.normalisation == "backbone"
+    statistics = Statistics(*channel_statistics(config.model)) if own else IMAGENET
+    splits = load_data(config.data, config.data.image_size, config.seed, statistics)
     if config.loader.corrupt == "skip":
         splits = drop_unreadable(splits)
     if config.loader.cache:
-        cache_decoded(splits.train, splits.val)
+        cache_decoded(*(part for part in (splits.train, splits.val) if part is not None))
+    for name, part in (("train", splits.train), ("val", splits.val), ("test", splits.test)):
+        if isinstance(part, Sized) and len(part) == 0 and (name != "test" or config.test):
+            raise ValueError(f"data: there is no {name} image; where val is cut from train, a class needs two")
     return splits
 
 

@@ -5,21 +5,25 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mosa_fast.backbones.adapt import adapt, adapters, classifiers
-from mosa_fast.backbones.create import create_backbone
+from mosa_fast.backbones.create import check_adaptable, create_backbone
 from mosa_fast.backbones.vision_transformer import AdaptedVisionTransformer
 from mosa_fast.config import TrainConfig
 
 
-def build_model(config: TrainConfig, num_classes: int) -> VisionTransformer:
+def build_model(config: TrainConfig, num_classes: int) -> VisionTransformer | SwinTransformer:
     """Backbone, head and, for the method "mosa", adapters; what is not trained is frozen."""
+    if config.method == "mosa":
+        check_adaptable(config.model)
     torch.manual_seed(config.seed)  # the head's initial weights
     backbone = config.model if config.method != "scratch" else replace(config.model, pretrained=False)
     model = create_backbone(backbone, num_classes, config.data.image_size)
     if config.method == "mosa":
+        assert isinstance(model, VisionTransformer)
         return adapt(model, config.adapter)
     if config.method == "linear":
         model.requires_grad_(False)
@@ -39,7 +43,7 @@ def forward(
 
 def count_trained(model: nn.Module) -> dict[str, int]:
     """Trained weights: of the adapter after merging (without the head), and of the head."""
-    assert isinstance(model, VisionTransformer)
+    assert isinstance(model, (VisionTransformer, SwinTransformer))
     heads = {id(p) for head in classifiers(model) for p in head.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
     body = sum(p.numel() for p in trained if id(p) not in heads)

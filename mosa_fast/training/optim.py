@@ -1,4 +1,4 @@
-"""AdamW with decay groups, and a schedule of warm-up and cosine per step."""
+"""AdamW (or SGD) with decay groups, and a schedule of warm-up and cosine per step."""
 
 from __future__ import annotations
 
@@ -6,21 +6,26 @@ import math
 
 import torch
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 BETAS = (0.9, 0.999)
 EPS = 1e-6  # RECIPES: Training recipes
+MOMENTUM = 0.9  # of SGD; RECIPES: Training recipes, linear probe
 
 
-def make_optimizer(model: nn.Module, lr: float, weight_decay: float, *, graphed: bool = False) -> AdamW:
-    """Fused AdamW over everything trained; biases are not decayed. A weight decay of 0 means just that.
+def make_optimizer(
+    model: nn.Module, lr: float, weight_decay: float, optimizer: str = "adamw", *, graphed: bool = False
+) -> torch.optim.Optimizer:
+    """Fused AdamW or SGD over everything trained; biases are not decayed. A weight decay of 0 means just that.
 
     Args:
         model: its trained parameters are taken.
         lr: peak learning rate.
         weight_decay: of everything but biases.
-        graphed: keep the learning rate in a tensor on the parameters' device, where a CUDA graph can read it.
+        optimizer: "adamw" or "sgd".
+        graphed: AdamW only: keep the learning rate in a tensor on the parameters' device, where a CUDA graph can read
+            it.
     """
     decayed: list[nn.Parameter] = []
     biases: list[nn.Parameter] = []
@@ -28,6 +33,8 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float, *, graphed:
         if parameter.requires_grad:
             (biases if name.endswith("bias") else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": biases, "weight_decay": 0.0}]
+    if optimizer == "sgd":
+        return SGD(groups, lr=lr, momentum=MOMENTUM, fused=True)
     if not graphed:
         return AdamW(groups, lr=lr, betas=BETAS, eps=EPS, fused=True)
     for group in groups:

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ def input_dtype(precision: Precision) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16-true" else torch.float32
 
 
-def store_frozen(model: VisionTransformer, precision: Precision) -> None:
+def store_frozen(model: VisionTransformer | SwinTransformer, precision: Precision) -> None:
     """Convert the frozen weights to the dtype they are used in, in place."""
     if precision in AUTOCAST:
         for module in model.modules():

@@ -115,7 +115,9 @@ def format_table(rows: list[tuple[str, str]]) -> str:
 def closing_table(summary: dict[str, Any], weights_file: Path) -> str:
     """The table at the end of a run."""
     out = weights_file.parent
-    rows = [("validation accuracy", f"{summary['val_accuracy']:.2f} %  (epoch {summary['selected_epoch']})")]
+    rows = [("validation accuracy", "none: trained on the validation images too, the last epoch counts")]
+    if summary["val_accuracy"] is not None:
+        rows = [("validation accuracy", f"{summary['val_accuracy']:.2f} %  (epoch {summary['selected_epoch']})")]
     if "test_accuracy" in summary:
         rows.append(("test accuracy", f"{summary['test_accuracy']:.2f} %"))
         rows.append(("test accuracy, last epoch", f"{summary['last_test_accuracy']:.2f} %"))

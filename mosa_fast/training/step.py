@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from mosa_fast.backbones.vision_transformer import draws_random_numbers
@@ -49,7 +49,7 @@ class TrainStep:
 
     Args:
         objective: an Objective, or DistributedDataParallel around one.
-        optimizer: a fused AdamW (it can leave out an update without the host knowing).
+        optimizer: a fused one (it can leave out an update without the host knowing).
         schedule: of the learning rate, per step.
         seed: of the run.
         scale_loss: fp16: scale the loss so that small gradients survive.
@@ -66,7 +66,7 @@ class TrainStep:
     def __init__(
         self,
         objective: nn.Module,
-        optimizer: AdamW,
+        optimizer: Optimizer,
         schedule: LambdaLR,
         *,
         seed: int,

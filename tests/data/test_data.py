@@ -3,10 +3,11 @@ import pytest
 import torch
 from PIL import Image
 
-from mosa_fast.config import DataConfig
+from mosa_fast.backbones.create import channel_statistics
+from mosa_fast.config import DataConfig, ModelConfig
 from mosa_fast.data import load_data
 from mosa_fast.data.split import stratified_split
-from mosa_fast.data.transforms import image_transform
+from mosa_fast.data.transforms import IMAGENET, Statistics, image_transform
 
 
 def keys(dataset):
@@ -60,9 +61,7 @@ def test_a_folder_without_val_cuts_it_from_train(folder):
     assert splits.classes == ["cat", "dog"]
     assert [len(part) for part in (splits.train, splits.val, splits.test)] == [16, 4, 4]
     assert splits.train_labels == [splits.train[i][1] for i in range(16)]
-    kept = {splits.train.dataset.samples[i][0] for i in splits.train.indices}
-    held_out = {splits.val.dataset.samples[i][0] for i in splits.val.indices}
-    assert not kept & held_out
+    assert not {path for path, _ in splits.train.samples} & {path for path, _ in splits.val.samples}
     first, again = (splits.val[0][0] for _ in range(2))
     assert torch.equal(first, again)  # evaluation does not augment
     assert first.shape == (3, 16, 16)
@@ -88,10 +87,23 @@ def test_bad_folders_are_named(folder):
         load_data(DataConfig(name="imagenet"), 16, 0)
 
 
-@pytest.mark.parametrize("size", [224, 384])
-def test_transform_gives_the_size_and_imagenet_statistics(size):
+@pytest.mark.parametrize(("size", "resized"), [(224, 256), (384, 438), (448, 512)])
+def test_transform_gives_the_size_and_imagenet_statistics(size, resized):
     grey = Image.new("RGB", (500, 600), (124, 116, 104))  # the ImageNet mean
     for train in (True, False):
-        out = image_transform(size, train=train)(grey)
+        transform = image_transform(size, train=train)
+        out = transform(grey)
         assert out.shape == (3, size, size)
         assert out.abs().max() < 0.02
+        assert transform.transforms[1].size == [resized]
+
+
+def test_images_can_be_normalised_as_the_backbone_wants(folder):
+    config = DataConfig(name="folder", root=str(folder), normalisation="backbone")
+    assert channel_statistics(ModelConfig(name="vit_base_patch16_224.orig_in21k")) == ((0.5,) * 3, (0.5,) * 3)
+    own = Statistics((0.5,) * 3, (0.5,) * 3)
+    image = load_data(config, 16, 0, own).test[0][0]
+    mean, std = (torch.tensor(values)[:, None, None] for values in IMAGENET)
+    assert torch.allclose(load_data(config, 16, 0).test[0][0] * std + mean, image * 0.5 + 0.5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"data\.normalisation is for folder and .*, not for digits"):
+        load_data(DataConfig(normalisation="backbone"), 32, 0)

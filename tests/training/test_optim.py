@@ -21,6 +21,12 @@ def test_weight_decay_zero_is_adamw_without_decay():
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.0, 0.0]
 
 
+def test_probes_use_sgd_with_momentum():
+    optimizer = make_optimizer(nn.Linear(2, 2), 0.1, 0.3, "sgd")
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert [(g["momentum"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.9, 0.3), (0.9, 0.0)]
+
+
 def test_warm_up_is_per_step_and_never_zero_then_cosine_to_zero():
     optimizer = make_optimizer(nn.Linear(2, 2), 1.0, 0.0)
     schedule = make_schedule(optimizer, steps=20, warmup_steps=4)

@@ -1,0 +1,79 @@
+"""VTAB-1k in the folders of NOAH and PETL-ViT (RECIPES: VTAB-1k)."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from mosa_fast.config import DataConfig
+from mosa_fast.data.annotations import check_files, read_lines
+from mosa_fast.data.images import ImageFiles
+from mosa_fast.data.splits import Splits
+from mosa_fast.data.transforms import Transforms
+
+GROUPS = {
+    "Natural": {
+        "cifar": 100,
+        "caltech101": 102,
+        "dtd": 47,
+        "oxford_flowers102": 102,
+        "oxford_iiit_pet": 37,
+        "svhn": 10,
+        "sun397": 397,
+    },
+    "Specialized": {"patch_camelyon": 2, "eurosat": 10, "resisc45": 45, "diabetic_retinopathy": 5},
+    "Structured": {
+        "clevr_count": 8,
+        "clevr_dist": 6,
+        "dmlab": 6,
+        "kitti": 4,
+        "dsprites_loc": 16,
+        "dsprites_ori": 16,
+        "smallnorb_azi": 18,
+        "smallnorb_ele": 9,
+    },
+}
+TASKS = {task: classes for tasks in GROUPS.values() for task, classes in tasks.items()}
+
+
+def load_vtab(config: DataConfig, transforms: Transforms, root: Path, *, strict: bool = True) -> Splits:
+    """One task of `root/<task>/{train800,val200,train800val200,test}.txt`.
+
+    Args:
+        config: the data section. mode "tune": train800, selected on val200; "final": train800val200, nothing to
+            select with.
+        transforms: of training (VTAB: the same as of evaluation) and evaluation.
+        root: folder of all tasks.
+        strict: refuse missing images and labels out of range.
+
+    Raises:
+        ValueError: a list is missing or a line of it is wrong, or an image that it lists is missing.
+    """
+    assert config.task is not None
+    folder, classes = root / config.task, TASKS[config.task]
+
+    def part(name: str, *, train: bool = False) -> ImageFiles:
+        source = folder / f"{name}.txt"
+        parse = partial(_parse, classes=classes if strict else None)
+        rows = [(str(folder / path), label) for path, label in read_lines(source, _fix(config.task), parse)]
+        if strict:
+            check_files([path for path, _ in rows], source)
+        return ImageFiles(rows, transforms.train if train else transforms.evaluate)
+
+    final = config.mode == "final"
+    train = part("train800val200" if final else "train800", train=True)
+    names = [str(label) for label in range(classes)]  # the lists give no names
+    return Splits(train, None if final else part("val200"), part("test"), train.targets, names)
+
+
+def _fix(task: str | None) -> str:
+    return f"data.root must hold {task}/train800.txt, val200.txt, train800val200.txt and test.txt"
+
+
+def _parse(line: str, classes: int | None) -> tuple[str, int]:
+    path, _, label = line.strip().rpartition(" ")
+    if not path or not label.lstrip("-").isdigit():
+        raise ValueError(f"expected 'images/<split>/000000.jpg <label>', got {line.strip()!r}")
+    if classes is not None and not 0 <= int(label) < classes:
+        raise ValueError(f"label {label} is not in 0 to {classes - 1}")
+    return path.strip(), int(label)

@@ -1,0 +1,98 @@
+"""Recipes: YAML files composed from shared bases, found by path or, in the installed package, by name.
+
+base: [../base/paper.yaml, ../backbones/vit_b16_in21k.yaml]   # relative to this file; later ones win
+optim:
+lr: 5.0e-4                                                  # what the file itself says wins over its bases
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ActionConfigFile, get_loader
+
+BASE = "base"
+
+
+def packaged() -> Path:
+    """Folder of the recipes that are installed with the package."""
+    return Path(str(files("mosa_fast.configs")))
+
+
+def find_recipe(name: str | Path) -> Path:
+    """The file that a path, or the name of an installed recipe such as "fgvc/cub", means.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    inside = path.relative_to("configs") if path.parts[:1] == ("configs",) else path
+    for candidate in (packaged() / inside, packaged() / f"{inside}.yaml"):
+        if candidate.is_file():
+            return candidate
+    raise ValueError(f"no recipe {name}: neither a file nor one of those in {packaged()}")
+
+
+def load_recipe(name: str | Path) -> dict[str, Any]:
+    """One mapping from a recipe and all its bases.
+
+    Raises:
+        ValueError: a file is missing, is not a YAML mapping, or includes itself.
+    """
+    return _load(find_recipe(name), ())
+
+
+def _load(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    chain = (*above, path.resolve())
+    if path.resolve() in above:
+        raise ValueError(f"recipes include each other: {' -> '.join(str(file) for file in chain)}")
+    if not path.is_file():
+        raise ValueError(f"{above[-1]}: no base {path}")
+    try:
+        own = get_loader("yaml")(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    except Exception as error:  # the YAML parser's errors, of several lines
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if own is None:
+        own = {}
+    if not isinstance(own, dict):
+        raise ValueError(f"{path} must be a mapping of options, it is a {type(own).__name__}")
+    bases = own.pop(BASE, None) or []
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ValueError(f"{path}: base must be a file name or a list of them, got {bases!r}")
+    merged: dict[str, Any] = {}
+    for base in bases:
+        merged = merge(merged, _load(path.parent / base, chain))
+    return merge(merged, own)
+
+
+def merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """`first` with the values of `second` over them, section by section."""
+    merged = dict(first)
+    for key, value in second.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+class ActionRecipe(ActionConfigFile):
+    """`--config RECIPE`, given once or several times; later ones and later options win."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Resolve the recipe and its bases into one mapping, and apply that."""
+        try:
+            recipe = load_recipe(values)
+        except ValueError as error:
+            raise TypeError(str(error)) from None  # what jsonargparse reports as the user's mistake
+        try:
+            self.apply_config(parser, cfg, self.dest, json.dumps(recipe))
+        except TypeError as error:
+            raise TypeError(f"{values}: {error}") from None
