@@ -63,7 +63,7 @@ class Run:
         text = json.dumps(self.identity(), indent=2) + "\n"
         write_atomically(self.folder / "sweep.json", lambda temporary: temporary.write_text(text))
         command = [sys.executable, "-m", "mosa_fast.train", "--config", str(self.recipe), *self.options]
-        code = subprocess.run([*command, f"--out={self.folder}"]).returncode
+        code = subprocess.run([*command, "--resume", f"--out={self.folder}"]).returncode
         if code in STOPPED or code < 0:
             raise KeyboardInterrupt
         return self.summary(key) if code == 0 else None

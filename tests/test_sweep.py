@@ -18,7 +18,7 @@ def trainings(monkeypatch):
     calls = []
 
     def train(command):
-        options = dict(word.removeprefix("--").split("=", 1) for word in command[5:])
+        options = dict(word.removeprefix("--").split("=", 1) for word in command[5:] if "=" in word)
         calls.append(options)
         lr, seed = float(options.get("optim.lr", 1e-3)), int(options.get("seed", 0))
         if lr > 1:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import make_tiny_vit
 from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
+from tiny_vit import make_tiny_vit
 
 from mosa_fast.backbones.checkpoints import load_checkpoint
 from mosa_fast.backbones.create import check_adaptable, create_backbone, input_size
