@@ -31,6 +31,7 @@ setup(
         "jsonargparse[signatures]>=4.49",  # the command line: typed options, YAML, overrides
         "matplotlib>=3.8",  # curves.png
         "numpy>=1.26",
+        "pyyaml>=6",  # config.yaml of a run
         "safetensors>=0.5",  # adapter files
         "timm>=1.0.20",  # the backbones
         "torch>=2.9",
@@ -38,6 +39,7 @@ setup(
         "tqdm>=4.66",  # progress bar
     ],
     extras_require={
+        "log": ["tensorboard>=2.17"],  # curves while a run is running; used where it is installed
         "test": ["hypothesis>=6.100", "pytest>=8", "pytest-benchmark>=5", "pytest-timeout>=2.3"],
         "dev": ["build>=1.2", "mypy>=1.15", "ninja>=1.11", "pre-commit>=4", "ruff>=0.14"],
     },

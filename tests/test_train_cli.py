@@ -15,6 +15,7 @@ from mosa_fast import evaluate, predict
 from mosa_fast.train import main
 from mosa_fast.training.step import TrainStep
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FAST = ["--optim.epochs=1", "--data.shots=1", "--optim.batch_size=10", "--eval_every=1"]
 TINY = ["--model.name=test_vit", "--model.pretrained=false", "--data.image_size=32", "--tensorboard=false", *FAST]
 
