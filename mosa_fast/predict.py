@@ -68,12 +68,13 @@ def evaluation_transform(config: TrainConfig) -> Callable[..., Tensor]:
     import torch
     from torchvision.transforms import InterpolationMode, v2
 
-    from mosa_fast.data.transforms import image_transform
+    from mosa_fast.data import make_transforms
+    from mosa_fast.training.loop import channel_statistics_of
 
     size = config.data.image_size
     assert size is not None
     if config.data.name != "digits":
-        return image_transform(size, train=False)
+        return make_transforms(config.data, size, channel_statistics_of(config)).evaluate
     # The embedded digits: light ink on a dark ground, in [-1, 1].
     steps = [
         v2.ToImage(),

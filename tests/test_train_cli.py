@@ -235,3 +235,13 @@ def test_help_gives_every_option_its_type_default_and_meaning(capsys):
         assert "(type: " in part, part
         assert "default: " in part, part
         assert len(part.split("(type:")[0].split()) > 3, part
+
+
+def test_prediction_transforms_as_the_data_set_of_the_run_does():
+    """VTAB-1k squashes images and crops nothing; normalisation may be the backbone's own."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 64, 3), dtype=np.uint8))
+    data = DataConfig(name="vtab", image_size=32, normalisation="backbone")
+    out = predict.evaluation_transform(TrainConfig(data=data))(image)
+    squashed = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR), dtype=np.float32) / 255
+    # The embedded backbone's statistics are 0.5 and 0.5.
+    assert np.abs(out.permute(1, 2, 0).numpy() - (squashed * 2 - 1)).max() < 0.05

@@ -35,14 +35,11 @@ def load_data(
     if config.root is None:
         raise ValueError(f"data.root is needed: {_WHERE[config.name]}")
     root = Path(config.root).expanduser()
+    transforms = make_transforms(config, image_size, statistics)
     if config.name == "vtab":
         from mosa_fast.data.vtab import load_vtab
 
-        squash = squash_transform(image_size, statistics)
-        return load_vtab(config, Transforms(squash, squash), root, strict=strict)
-    transforms = Transforms(
-        *(image_transform(image_size, train=train, statistics=statistics) for train in (True, False))
-    )
+        return load_vtab(config, transforms, root, strict=strict)
     if config.name == "fgvc":
         from mosa_fast.data.fgvc import load_fgvc
 
@@ -54,6 +51,14 @@ def load_data(
     from mosa_fast.data.folder import load_folder
 
     return load_folder(root, transforms, config.val_fraction, seed)
+
+
+def make_transforms(config: DataConfig, image_size: int, statistics: Statistics = IMAGENET) -> Transforms:
+    """What a family of image files does to its images; the arguments are those of `load_data`."""
+    if config.name == "vtab":
+        squash = squash_transform(image_size, statistics)
+        return Transforms(squash, squash)
+    return Transforms(*(image_transform(image_size, train=train, statistics=statistics) for train in (True, False)))
 
 
 _WHERE = {

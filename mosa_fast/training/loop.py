@@ -375,12 +375,16 @@ class Run:
         return state["rows"]
 
 
+def channel_statistics_of(config: TrainConfig) -> Statistics:
+    """What a run's images are normalised with."""
+    own = config.data.normalisation == "backbone"
+    return Statistics(*channel_statistics(config.model)) if own else IMAGENET
+
+
 def load_run_data(config: TrainConfig) -> Splits:
     """The data of a run, with its loader options applied; `config.data.image_size` is set."""
     assert config.data.image_size is not None
-    own = config.data.normalisation == "backbone"
-    statistics = Statistics(*channel_statistics(config.model)) if own else IMAGENET
-    splits = load_data(config.data, config.data.image_size, config.seed, statistics)
+    splits = load_data(config.data, config.data.image_size, config.seed, channel_statistics_of(config))
     if config.loader.corrupt == "skip":
         splits = drop_unreadable(splits)
     if config.loader.cache:
