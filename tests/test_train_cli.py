@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 
 from mosa_fast import evaluate, predict
+from mosa_fast.config import DataConfig, TrainConfig
 from mosa_fast.train import main
 from mosa_fast.training.step import TrainStep
 
