@@ -83,14 +83,12 @@ def make_split_files(
         _check_counts([ids[index] for index in rest], 2, "a validation and a training image")
     val_part, train = _choose(rest, ids, val, seed)
     parts = {"train": train, "val": val_part, "test": test_part}
-    chosen = train
-    for fraction in sorted(fractions, reverse=True):
+    for fraction in fractions:
         if not 0.0 < fraction < 1.0:
             raise ValueError(f"fractions must be between 0 and 1, got {fraction:g}")
-        # From the next larger one, so that they nest; class by class, at least one image of each.
+        # The beginnings of one order, so that they nest; class by class, at least one image of each.
         target = {label: max(1, round(fraction * count)) for label, count in Counter(ids[i] for i in train).items()}
-        chosen = _take(chosen, ids, target, seed)
-        parts[f"train_{fraction:g}"] = chosen
+        parts[f"train_{fraction:g}"] = _take(train, ids, target, seed)
     if not parts["test"]:
         raise ValueError("there is no test image")
     for name in parts:
