@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mosa_fast.backbones.adapter_file import load_trained_state, save_adapter, trained_state
-from mosa_fast.backbones.create import channel_statistics, input_size
+from mosa_fast.backbones.create import channel_statistics, check_adaptable, input_size
 from mosa_fast.backbones.vision_transformer import AdaptedVisionTransformer
 from mosa_fast.config import LossConfig, TrainConfig
 from mosa_fast.data import load_data
@@ -90,6 +90,8 @@ class Run:
         device, optim = ranks.device, config.optim
         if config.cuda_graphs and (device.type != "cuda" or ranks.world > 1):
             raise ValueError(f"cuda_graphs needs one GPU, this run has {ranks.world} process(es) on {device.type}")
+        if config.method == "mosa":
+            check_adaptable(config.model)  # before any data is read
         if config.data.image_size is None:
             config.data.image_size = input_size(config.model)
         self.splits = load_run_data(config)
