@@ -13,8 +13,6 @@ from mosa_fast.config import OptimConfig
 from mosa_fast.training.distributed import rank_slice
 from mosa_fast.training.loop import train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def free_port() -> int:
     with socket.socket() as handle:

@@ -14,8 +14,6 @@ from mosa_fast.data import load_data
 from mosa_fast.training.distributed import pick_device
 from mosa_fast.training.loop import train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def small_run(out, **changes) -> TrainConfig:
     settings = {

@@ -5,7 +5,6 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from tiny_runs import in_child, tiny_run, wait_for
 
@@ -15,17 +14,13 @@ from mosa_fast.training.loop import train
 from mosa_fast.training.signals import Interrupted
 from mosa_fast.training.step import TrainStep
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = {"checkpoint_steps": 1, "loss": LossConfig(deep_reg=True)}
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("whole")
     train(tiny_run(out, **SETTINGS), progress=False)
-    torch.set_num_threads(threads)
     return result(out)
 
 

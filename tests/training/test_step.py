@@ -12,7 +12,6 @@ from mosa_fast.training.optim import make_optimizer, make_schedule
 from mosa_fast.training.precision import store_frozen
 from mosa_fast.training.step import GraphedStep, Objective, TrainStep
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 BATCHES = [
     (torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(i)), torch.tensor([0, 1, 2, 3, 4, i % 5]))
     for i in range(4)
