@@ -10,13 +10,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mosa_fast.backbones.adapt import adapt, adapters, classifiers
-from mosa_fast.backbones.create import create_backbone
+from mosa_fast.backbones.create import check_adaptable, create_backbone
 from mosa_fast.backbones.vision_transformer import AdaptedVisionTransformer
 from mosa_fast.config import TrainConfig
 
 
 def build_model(config: TrainConfig, num_classes: int) -> VisionTransformer | SwinTransformer:
     """Backbone, head and, for the method "mosa", adapters; what is not trained is frozen."""
+    if config.method == "mosa":
+        check_adaptable(config.model)
     torch.manual_seed(config.seed)  # the head's initial weights
     backbone = config.model if config.method != "scratch" else replace(config.model, pretrained=False)
     model = create_backbone(backbone, num_classes, config.data.image_size)
