@@ -34,8 +34,8 @@ MOSA_INLINE void backward_input_block(const Arguments& a, int64_t block, char* m
   const int pitch = hidden_pitch<T>(s);
   const int64_t groups_here = s.fork ? s.groups : 1, first_group = s.fork ? 0 : block % s.groups;
   const int64_t first_row = (s.fork ? block : block / s.groups) * TILE;
-  const int64_t column_tiles = tiles(s.width), chunks = tiles(s.bottleneck);
-  const int64_t width = column_tiles * TILE, ranks = chunks * TILE;
+  const int column_tiles = tiles(s.width), chunks = tiles(s.bottleneck);
+  const int width = column_tiles * TILE, ranks = chunks * TILE;
   const bool normed = a.arrays[NORM_WEIGHT].data != nullptr, scaled = a.arrays[SCALE_PARTIAL].data != nullptr;
   const bool drops = a.arrays[SEED].data != nullptr;
   const float scale = scale_of(a);
@@ -45,6 +45,7 @@ MOSA_INLINE void backward_input_block(const Arguments& a, int64_t block, char* m
   Accumulator<T> sums;
 
   phase([&](int thread) {
+    MOSA_UNROLL
     for (int slot = 0; slot < SLOTS; ++slot) {
       const int row = thread / PARTS + slot * LANES, part = thread % PARTS;
       shared.means[row][part] = shared.products[row][part] = shared.scales[row][part] = 0.0f;
@@ -57,25 +58,28 @@ MOSA_INLINE void backward_input_block(const Arguments& a, int64_t block, char* m
     const T* up = static_cast<const T*>(a.arrays[UP_EFFECTIVE].data) + group * width * ranks;
     const float* up_bias = static_cast<const float*>(a.arrays[UP_BIAS_EFFECTIVE].data) + group * width;
     const float* bias = static_cast<const float*>(a.arrays[VECTORS].data) + group * 2 * s.bottleneck;
-    auto fetch_y = [&](int64_t tile) {
+    auto fetch_y = [&](int tile) {
       phase_without_barrier([&](int thread) {
-        const int64_t column = tile * TILE + thread % PARTS * EIGHT;
+        const int column = tile * TILE + thread % PARTS * EIGHT;
+        MOSA_UNROLL
         for (int slot = 0; slot < SLOTS; ++slot) {
           const int row = thread / PARTS + slot * LANES;
           ahead.at(thread)[slot] = fetch(y, (out_start + clamped(row)) * s.width + column, s.width - column);
         }
       });
     };
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    for (int chunk = 0; chunk < chunks; ++chunk) {
       sums.zero();
       fetch_y(0);
       phase_without_barrier([&](int thread) { copy_tile(shared.weights[0], up + chunk * TILE, ranks, thread); });
-      for (int64_t tile = 0; tile < column_tiles; ++tile) {
+      for (int tile = 0; tile < column_tiles; ++tile) {
         phase([&](int thread) {
           const int part = thread % PARTS;
+          MOSA_UNROLL
           for (int slot = 0; slot < SLOTS; ++slot) {
             const int row = thread / PARTS + slot * LANES;
             float products = 0.0f;
+            MOSA_UNROLL
             for (int i = 0; i < EIGHT; ++i) {
               const float value = element(y, ahead.at(thread)[slot], i);
               if (scaled) products += value * up_bias[tile * TILE + part * EIGHT + i];
@@ -97,7 +101,8 @@ MOSA_INLINE void backward_input_block(const Arguments& a, int64_t block, char* m
       sums.store_to(shared.staging);
       phase([&](int thread) {
         const int part = thread % PARTS;
-        const int64_t rank = chunk * TILE + part * EIGHT, count = s.bottleneck - rank;
+        const int rank = chunk * TILE + part * EIGHT, count = s.bottleneck - rank;
+        MOSA_UNROLL
         for (int slot = 0; slot < SLOTS; ++slot) {
           const int row = thread / PARTS + slot * LANES;
           const bool inside = first_row + row < s.rows_per_group;
@@ -110,6 +115,7 @@ MOSA_INLINE void backward_input_block(const Arguments& a, int64_t block, char* m
                 clamped(row), static_cast<int>(rank), factors);
           }
           float mean = 0.0f, product = 0.0f, scale_product = 0.0f;
+          MOSA_UNROLL
           for (int i = 0; i < EIGHT; ++i) {
             const float p = element(a.arrays[PRE], pre, i), z = i < count ? p + bias[rank + i] : 0.0f;
             const float factor = i >= count ? 0.0f : drops ? factors[i] : 1.0f;
@@ -150,7 +156,7 @@ MOSA_INLINE void backward_input_block(const Arguments& a, int64_t block, char* m
   // Pass 2: the gradients of x and of a forked skip.
   const bool need_x = a.arrays[GRAD_X].data != nullptr, need_skip = a.arrays[GRAD_SKIP].data != nullptr;
   if (!need_x && !need_skip) return;
-  for (int64_t tile = 0; tile < column_tiles; ++tile) {
+  for (int tile = 0; tile < column_tiles; ++tile) {
     sums.zero();
     for (int64_t step = 0; need_x && step < groups_here * chunks; ++step) {
       const int64_t group = first_group + step / chunks, chunk = step % chunks;
@@ -159,11 +165,13 @@ MOSA_INLINE void backward_input_block(const Arguments& a, int64_t block, char* m
         copy_tile(shared.weights[0], down + chunk * TILE * width + tile * TILE, width, thread);
         if (groups_here > 1) {  // each group's t comes back from memory, where this block wrote it
           const int part = thread % PARTS;
-          const int64_t rank = chunk * TILE + part * EIGHT;
+          const int rank = chunk * TILE + part * EIGHT;
+          MOSA_UNROLL
           for (int slot = 0; slot < SLOTS; ++slot) {
             const int row = thread / PARTS + slot * LANES;
             const int64_t at = (group * s.rows_per_group + clamped(row)) * s.bottleneck + rank;
             const Eight grads = fetch(a.arrays[GRAD_PRE], at, s.bottleneck - rank);
+            MOSA_UNROLL
             for (int i = 0; i < EIGHT; ++i) {
               grad_pre[row * pitch + rank + i] = from_float<T>(element(a.arrays[GRAD_PRE], grads, i));
             }
@@ -176,7 +184,8 @@ MOSA_INLINE void backward_input_block(const Arguments& a, int64_t block, char* m
     sums.store_to(shared.staging);
     phase([&](int thread) {
       const int part = thread % PARTS;
-      const int64_t column = tile * TILE + part * EIGHT, count = s.width - column;
+      const int column = tile * TILE + part * EIGHT, count = s.width - column;
+      MOSA_UNROLL
       for (int slot = 0; slot < SLOTS; ++slot) {
         const int row = thread / PARTS + slot * LANES;
         if (first_row + row >= s.rows_per_group) continue;
@@ -184,6 +193,7 @@ MOSA_INLINE void backward_input_block(const Arguments& a, int64_t block, char* m
         float direct[EIGHT] = {}, values[EIGHT];
         for (int64_t index = 0; (s.add_input || need_skip) && index < groups_here; ++index) {
           const Eight grad = fetch(y, in + index * s.rows_per_group * s.width, count);
+          MOSA_UNROLL
           for (int i = 0; i < EIGHT; ++i) direct[i] += element(y, grad, i);
         }
         if (need_skip) store_eight(a.arrays[GRAD_SKIP], in, count, direct);
@@ -191,6 +201,7 @@ MOSA_INLINE void backward_input_block(const Arguments& a, int64_t block, char* m
         const float* stats = static_cast<const float*>(a.arrays[STATS].data) + in_row * 2;
         const float mean = normed ? stats[0] : 0.0f, rstd = normed ? stats[1] : 1.0f;
         const Eight old = fetch(a.arrays[X], in, normed ? count : 0);
+        MOSA_UNROLL
         for (int i = 0; i < EIGHT; ++i) {
           float value = shared.staging[row * STAGING + part * EIGHT + i];
           if (normed) {

@@ -34,6 +34,7 @@ inline int64_t partial_length(const Sizes& s) {
 
 template <class T>
 MOSA_INLINE void put(const Array& array, const Eight& eight, T* target) {
+  MOSA_UNROLL
   for (int i = 0; i < EIGHT; ++i) target[i] = from_float<T>(element(array, eight, i));
 }
 
@@ -41,21 +42,24 @@ template <class T>
 MOSA_INLINE void backward_weight_block(const Arguments& a, int64_t block, char* memory) {
   const Sizes& s = a.sizes;
   auto& shared = *reinterpret_cast<BackwardWeightShared<T>*>(memory);
-  const int64_t column_tiles = tiles(s.width), chunks = tiles(s.bottleneck);
-  const int64_t chunk = block % chunks, tile = block / chunks % column_tiles, slice = block / chunks / column_tiles;
-  const int64_t first_column = tile * TILE, first_rank = chunk * TILE;
+  const int column_tiles = tiles(s.width), chunks = tiles(s.bottleneck);
+  const uint32_t number = static_cast<uint32_t>(block);
+  const int chunk = number % chunks, tile = number / chunks % column_tiles;
+  const int64_t slice = number / chunks / column_tiles;
+  const int first_column = tile * TILE, first_rank = chunk * TILE;
   const bool normed = a.arrays[NORM_WEIGHT].data != nullptr;
   const float scale = scale_of(a);
   float* up_partial = static_cast<float*>(a.arrays[PARTIAL].data) + slice * partial_length(s);
   float* down_partial = up_partial + s.width * s.bottleneck;
   float* norm_partial = down_partial + s.width * s.bottleneck + chunk * 2 * s.width;
-  PerThread<Eight, SLOTS> ahead_grad, ahead_x, ahead_hidden, ahead_grad_pre;
+  PerThread<Eight, SLOTS> ahead_grad, ahead_x;  // h and t, from the L2 cache, are not worth the registers
   PerThread<float, EIGHT> grad_sums, grad_pre_sums;
   Accumulator<T> up, down;  // y^T h and Q^T: columns by ranks
 
   // Sums over the rows of a tile: first each thread its own rows, then the threads of a column in order.
   auto reduce = [&](PerThread<float, EIGHT>& sums) {
     phase([&](int thread) {
+      MOSA_UNROLL
       for (int i = 0; i < EIGHT; ++i) shared.sums[thread / PARTS][thread % PARTS * EIGHT + i] = sums.at(thread)[i];
     });
     phase([&](int thread) {
@@ -75,16 +79,13 @@ MOSA_INLINE void backward_weight_block(const Arguments& a, int64_t block, char* 
     const int64_t out_start = group * s.rows_per_group, in_start = s.fork ? 0 : out_start;
     auto fetch_rows = [&](int64_t block_row) {
       phase_without_barrier([&](int thread) {
-        const int64_t column = first_column + thread % PARTS * EIGHT, rank = first_rank + thread % PARTS * EIGHT;
+        const int column = first_column + thread % PARTS * EIGHT;
+        MOSA_UNROLL
         for (int slot = 0; slot < SLOTS; ++slot) {
           const int64_t row = block_row + thread / PARTS + slot * LANES;
-          const bool inside = row < end_row;
-          const int64_t out_row = out_start + row, in_row = in_start + row;
-          const int64_t columns = inside ? s.width - column : 0, ranks = inside ? s.bottleneck - rank : 0;
-          ahead_grad.at(thread)[slot] = fetch(a.arrays[GRAD_OUT], out_row * s.width + column, columns);
-          ahead_x.at(thread)[slot] = fetch(a.arrays[X], in_row * s.width + column, columns);
-          ahead_hidden.at(thread)[slot] = fetch(a.arrays[HIDDEN], out_row * s.bottleneck + rank, ranks);
-          ahead_grad_pre.at(thread)[slot] = fetch(a.arrays[GRAD_PRE], out_row * s.bottleneck + rank, ranks);
+          const int columns = row < end_row ? s.width - column : 0;
+          ahead_grad.at(thread)[slot] = fetch(a.arrays[GRAD_OUT], (out_start + row) * s.width + column, columns);
+          ahead_x.at(thread)[slot] = fetch(a.arrays[X], (in_start + row) * s.width + column, columns);
         }
       });
     };
@@ -92,12 +93,14 @@ MOSA_INLINE void backward_weight_block(const Arguments& a, int64_t block, char* 
     up.zero();
     down.zero();
     phase_without_barrier([&](int thread) {
+      MOSA_UNROLL
       for (int i = 0; i < EIGHT; ++i) grad_sums.at(thread)[i] = grad_pre_sums.at(thread)[i] = 0.0f;
     });
     fetch_rows(start_row);
     for (int64_t block_row = start_row; block_row < end_row; block_row += TILE) {
       phase([&](int thread) {
         const int part = thread % PARTS;
+        MOSA_UNROLL
         for (int slot = 0; slot < SLOTS; ++slot) {
           const int tile_row = thread / PARTS + slot * LANES, at = tile_row * PITCH<T> + part * EIGHT;
           const int64_t row = block_row + tile_row;
@@ -109,14 +112,26 @@ MOSA_INLINE void backward_weight_block(const Arguments& a, int64_t block, char* 
             rstd = stats[1];
           }
           put(a.arrays[GRAD_OUT], ahead_grad.at(thread)[slot], shared.grad + at);
-          put(a.arrays[HIDDEN], ahead_hidden.at(thread)[slot], shared.hidden + at);
-          put(a.arrays[GRAD_PRE], ahead_grad_pre.at(thread)[slot], shared.grad_pre + at);
+          MOSA_UNROLL
           for (int i = 0; i < EIGHT; ++i) {
             const bool column_inside = inside && first_column + part * EIGHT + i < s.width;
             const float x = element(a.arrays[X], ahead_x.at(thread)[slot], i);
             shared.x[at + i] = from_float<T>(column_inside ? (x - mean) * rstd : 0.0f);
             grad_sums.at(thread)[i] += element(a.arrays[GRAD_OUT], ahead_grad.at(thread)[slot], i);
-            grad_pre_sums.at(thread)[i] += element(a.arrays[GRAD_PRE], ahead_grad_pre.at(thread)[slot], i);
+          }
+        }
+        const int rank = first_rank + part * EIGHT;
+        MOSA_ROLL
+        for (int slot = 0; slot < SLOTS; ++slot) {
+          const int tile_row = thread / PARTS + slot * LANES, at = tile_row * PITCH<T> + part * EIGHT;
+          const int64_t row = block_row + tile_row, rank_at = (out_start + row) * s.bottleneck + rank;
+          const int ranks = row < end_row ? s.bottleneck - rank : 0;
+          put(a.arrays[HIDDEN], fetch(a.arrays[HIDDEN], rank_at, ranks), shared.hidden + at);
+          const Eight grad_pre = fetch(a.arrays[GRAD_PRE], rank_at, ranks);
+          put(a.arrays[GRAD_PRE], grad_pre, shared.grad_pre + at);
+          MOSA_UNROLL
+          for (int i = 0; i < EIGHT; ++i) {
+            grad_pre_sums.at(thread)[i] += element(a.arrays[GRAD_PRE], grad_pre, i);
           }
         }
       });
@@ -174,7 +189,8 @@ MOSA_INLINE void backward_weight_block(const Arguments& a, int64_t block, char* 
     phase([&](int thread) {
       const int64_t column = first_column + thread;
       if (thread >= TILE || column >= s.width) return;
-      float grad_weight = later ? norm_partial[column] : 0.0f, grad_bias = later ? norm_partial[s.width + column] : 0.0f;
+      float grad_weight = later ? norm_partial[column] : 0.0f;
+      float grad_bias = later ? norm_partial[s.width + column] : 0.0f;
       for (int i = 0; i < TILE && first_rank + i < s.bottleneck; ++i) {
         const float weight = weight_value(
             a.arrays[DOWN_WEIGHT], &a.arrays[DOWN_INIT], a.arrays[DOWN_OWNER], (first_rank + i) * s.width + column,

@@ -18,7 +18,7 @@ constexpr int THREADS = 256;
 constexpr int TILE = 64;                              // rows, columns and ranks of every tile
 constexpr int EIGHT = 8;                              // elements that a thread handles at once
 constexpr int PARTS = TILE / EIGHT;                   // threads side by side on a row of a tile
-constexpr int SLOTS = TILE * PARTS / THREADS;         // rows of a tile that one thread handles: thread / PARTS + slot * LANES
+constexpr int SLOTS = TILE * PARTS / THREADS;         // rows of a thread: thread / PARTS + slot * LANES
 constexpr int LANES = THREADS / PARTS;
 constexpr int STAGING = TILE + 4;                     // floats from row to row of a result in shared memory
 template <class T>
@@ -66,20 +66,23 @@ MOSA_INLINE bool packed(const Array& array) {
 struct alignas(16) Sixteen { uint32_t word[4]; };
 
 // Fetch up to eight elements of a row (`count` of them lie inside it, perhaps none); the others are zero.
-MOSA_INLINE Eight fetch(const Array& array, int64_t index, int64_t count) {
+MOSA_INLINE Eight fetch(const Array& array, int64_t index, int count) {
   Eight eight = {};
   if (count <= 0) return eight;
   if (packed(array)) {
     const Sixteen half = *reinterpret_cast<const Sixteen*>(static_cast<const uint16_t*>(array.data) + index);
+    MOSA_UNROLL
     for (int i = 0; i < 4; ++i) eight.word[i] = half.word[i];
   } else if (array.vector && array.dtype == FLOAT32) {
     const Sixteen* source = reinterpret_cast<const Sixteen*>(static_cast<const float*>(array.data) + index);
     const Sixteen low = source[0], high = source[1];
+    MOSA_UNROLL
     for (int i = 0; i < 4; ++i) {
       eight.word[i] = low.word[i];
       eight.word[i + 4] = high.word[i];
     }
   } else {
+    MOSA_UNROLL
     for (int i = 0; i < EIGHT; ++i) {
       if (i < count) eight.word[i] = float_bits(load(array, index + i));
     }
@@ -94,10 +97,11 @@ MOSA_INLINE float element(const Array& array, const Eight& eight, int i) {
 }
 
 // Write up to eight elements of a row.
-MOSA_INLINE void store_eight(const Array& array, int64_t index, int64_t count, const float* values) {
+MOSA_INLINE void store_eight(const Array& array, int64_t index, int count, const float* values) {
   if (count <= 0) return;
   if (packed(array)) {
     Sixteen half;
+    MOSA_UNROLL
     for (int i = 0; i < 4; ++i) {
       const float low = values[2 * i], high = values[2 * i + 1];
       half.word[i] = array.dtype == FLOAT16
@@ -108,6 +112,7 @@ MOSA_INLINE void store_eight(const Array& array, int64_t index, int64_t count, c
   } else if (array.vector && array.dtype == FLOAT32) {
     Sixteen* target = reinterpret_cast<Sixteen*>(static_cast<float*>(array.data) + index);
     Sixteen low, high;
+    MOSA_UNROLL
     for (int i = 0; i < 4; ++i) {
       low.word[i] = float_bits(values[i]);
       high.word[i] = float_bits(values[i + 4]);
@@ -115,6 +120,7 @@ MOSA_INLINE void store_eight(const Array& array, int64_t index, int64_t count, c
     target[0] = low;
     target[1] = high;
   } else {
+    MOSA_UNROLL
     for (int i = 0; i < EIGHT; ++i) {
       if (i < count) store(array, index + i, values[i]);
     }
@@ -202,7 +208,9 @@ struct Accumulator {
   void multiply(const T* a, int a_pitch, const T* b, int b_pitch) {
     for (int depth = 0; depth < TILE; ++depth) {
       float right[TILE];
-      for (int n = 0; n < TILE; ++n) right[n] = to_float(b[B == ALONG_DEPTH ? n * b_pitch + depth : depth * b_pitch + n]);
+      for (int n = 0; n < TILE; ++n) {
+        right[n] = to_float(b[B == ALONG_DEPTH ? n * b_pitch + depth : depth * b_pitch + n]);
+      }
       for (int m = 0; m < TILE; ++m) {
         const float left = to_float(a[A == ALONG_DEPTH ? m * a_pitch + depth : depth * a_pitch + m]);
         for (int n = 0; n < TILE; ++n) sums[m][n] += left * right[n];
@@ -234,12 +242,12 @@ struct Accumulator<float> {
 #pragma unroll 4
     for (int depth = 0; depth < TILE; ++depth) {
       float left[4], right[4];
-#pragma unroll
+      MOSA_UNROLL
       for (int i = 0; i < 4; ++i) {
         left[i] = a[A == ALONG_DEPTH ? (m + 16 * i) * a_pitch + depth : depth * a_pitch + m + 16 * i];
         right[i] = b[B == ALONG_DEPTH ? (n + 16 * i) * b_pitch + depth : depth * b_pitch + n + 16 * i];
       }
-#pragma unroll
+      MOSA_UNROLL
       for (int i = 0; i < 4; ++i) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) sums[i][j] = fmaf(left[i], right[j], sums[i][j]);
@@ -249,7 +257,7 @@ struct Accumulator<float> {
   }
 
   MOSA_INLINE void store_to(float* staging) {
-#pragma unroll
+    MOSA_UNROLL
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -261,6 +269,7 @@ struct Accumulator<float> {
 };
 #endif
 
-MOSA_INLINE int64_t tiles(int64_t size) { return (size + TILE - 1) / TILE; }
+// Of the width or of the bottleneck, which 32 bits count; rows and elements take 64.
+MOSA_INLINE int tiles(int64_t size) { return static_cast<int>((size + TILE - 1) / TILE); }
 
 }  // namespace mosa_fast

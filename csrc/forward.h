@@ -46,8 +46,8 @@ MOSA_INLINE void forward_block(const Arguments& a, int64_t block, char* memory) 
   T* hidden = reinterpret_cast<T*>(memory + sizeof(ForwardShared<T>));
   const int pitch = hidden_pitch<T>(s);
   const int64_t group = block % s.groups, first_row = block / s.groups * TILE;
-  const int64_t column_tiles = tiles(s.width), chunks = tiles(s.bottleneck);
-  const int64_t width = column_tiles * TILE, ranks = chunks * TILE;
+  const int column_tiles = tiles(s.width), chunks = tiles(s.bottleneck);
+  const int width = column_tiles * TILE, ranks = chunks * TILE;
   const int64_t out_start = group * s.rows_per_group, in_start = s.fork ? 0 : out_start;
   const T* down = static_cast<const T*>(a.arrays[DOWN_EFFECTIVE].data) + group * ranks * width;
   const T* up = static_cast<const T*>(a.arrays[UP_EFFECTIVE].data) + group * width * ranks;
@@ -60,9 +60,10 @@ MOSA_INLINE void forward_block(const Arguments& a, int64_t block, char* memory) 
   PerThread<Eight, SLOTS> ahead;
   Accumulator<T> sums;
 
-  auto fetch_x = [&](int64_t tile) {
+  auto fetch_x = [&](int tile) {
     phase_without_barrier([&](int thread) {
-      const int64_t column = tile * TILE + thread % PARTS * EIGHT;
+      const int column = tile * TILE + thread % PARTS * EIGHT;
+      MOSA_UNROLL
       for (int slot = 0; slot < SLOTS; ++slot) {
         const int row = thread / PARTS + slot * LANES;
         ahead.at(thread)[slot] = fetch(x, (in_start + clamped(row)) * s.width + column, s.width - column);
@@ -72,9 +73,11 @@ MOSA_INLINE void forward_block(const Arguments& a, int64_t block, char* memory) 
 
   fetch_x(0);
   phase([&](int thread) {
+    MOSA_UNROLL
     for (int slot = 0; slot < SLOTS; ++slot) {
       const int row = thread / PARTS + slot * LANES, part = thread % PARTS;
       float total = 0.0f;
+      MOSA_UNROLL
       for (int i = 0; i < EIGHT; ++i) total += element(x, ahead.at(thread)[slot], i);
       shared.staging[row * STAGING + part] = total;
       shared.totals[row][part] = shared.squares[row][part] = 0.0f;
@@ -88,18 +91,20 @@ MOSA_INLINE void forward_block(const Arguments& a, int64_t block, char* memory) 
   });
 
   // Pass 1: statistics and projection, 64 ranks at a time.
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+  for (int chunk = 0; chunk < chunks; ++chunk) {
     const T* weights = down + chunk * TILE * width;
     sums.zero();
     if (chunk > 0) fetch_x(0);
     phase_without_barrier([&](int thread) { copy_tile(shared.weights[0], weights, width, thread); });
-    for (int64_t tile = 0; tile < column_tiles; ++tile) {
+    for (int tile = 0; tile < column_tiles; ++tile) {
       phase([&](int thread) {
         const int part = thread % PARTS;
-        const int64_t count = s.width - tile * TILE - part * EIGHT;
+        const int count = s.width - tile * TILE - part * EIGHT;
+        MOSA_UNROLL
         for (int slot = 0; slot < SLOTS; ++slot) {
           const int row = thread / PARTS + slot * LANES;
           float total = 0.0f, squares = 0.0f;
+          MOSA_UNROLL
           for (int i = 0; i < EIGHT; ++i) {
             const float value = i < count ? element(x, ahead.at(thread)[slot], i) - shared.pivot[row] : 0.0f;
             total += value;
@@ -143,10 +148,12 @@ MOSA_INLINE void forward_block(const Arguments& a, int64_t block, char* memory) 
     }
     phase([&](int thread) {
       const int part = thread % PARTS;
-      const int64_t rank = chunk * TILE + part * EIGHT, count = s.bottleneck - rank;
+      const int rank = chunk * TILE + part * EIGHT, count = s.bottleneck - rank;
+      MOSA_ROLL
       for (int slot = 0; slot < SLOTS; ++slot) {
         const int row = thread / PARTS + slot * LANES;
         float values[EIGHT], factors[EIGHT];
+        MOSA_UNROLL
         for (int i = 0; i < EIGHT; ++i) {
           const float weight_sum = normed && i < count ? bias[s.bottleneck + rank + i] : 0.0f;
           values[i] = shared.rstd[row] *
@@ -161,6 +168,7 @@ MOSA_INLINE void forward_block(const Arguments& a, int64_t block, char* memory) 
               static_cast<const int64_t*>(a.arrays[SEED].data), s, static_cast<float>(a.numbers.keep_scale), group,
               clamped(row), static_cast<int>(rank), factors);
         }
+        MOSA_UNROLL
         for (int i = 0; i < EIGHT; ++i) {
           float value = i < count ? activate(values[i] + bias[rank + i], s.activation) : 0.0f;
           if (drops) value *= factors[i];
@@ -173,8 +181,8 @@ MOSA_INLINE void forward_block(const Arguments& a, int64_t block, char* memory) 
   // Pass 2: back to D columns.
   const float scale = scale_of(a);
   phase_without_barrier([&](int thread) { copy_tile(shared.weights[0], up, ranks, thread); });
-  for (int64_t step = 0; step < column_tiles * chunks; ++step) {
-    const int64_t tile = step / chunks, chunk = step % chunks, next = step + 1;
+  for (int step = 0; step < column_tiles * chunks; ++step) {
+    const int tile = step / chunks, chunk = step % chunks, next = step + 1;
     if (chunk == 0) sums.zero();
     phase([&](int) { arrived(); });
     if (next < column_tiles * chunks) {
@@ -187,7 +195,8 @@ MOSA_INLINE void forward_block(const Arguments& a, int64_t block, char* memory) 
     sums.store_to(shared.staging);
     phase([&](int thread) {
       const int part = thread % PARTS;
-      const int64_t column = tile * TILE + part * EIGHT, count = s.width - column;
+      const int column = tile * TILE + part * EIGHT, count = s.width - column;
+      MOSA_UNROLL
       for (int slot = 0; slot < SLOTS; ++slot) {
         const int row = thread / PARTS + slot * LANES;
         if (first_row + row >= s.rows_per_group) continue;
@@ -195,6 +204,7 @@ MOSA_INLINE void forward_block(const Arguments& a, int64_t block, char* memory) 
         const Eight old = fetch(x, in, s.add_input ? count : 0);
         const Eight skip = fetch(a.arrays[SKIP], in, a.arrays[SKIP].data ? count : 0);
         float values[EIGHT];
+        MOSA_UNROLL
         for (int i = 0; i < EIGHT; ++i) {
           float value = (shared.staging[row * STAGING + part * EIGHT + i] + up_bias[column + i]) * scale;
           if (s.add_input) value += element(x, old, i);

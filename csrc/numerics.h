@@ -14,8 +14,12 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define MOSA_INLINE __device__ __forceinline__
+#define MOSA_ROLL _Pragma("unroll 1")  // where two rows at once would not fit the registers
+#define MOSA_UNROLL _Pragma("unroll")  // whatever indexes registers: a run-time index would be in memory
 #else
 #define MOSA_INLINE inline
+#define MOSA_ROLL
+#define MOSA_UNROLL
 #endif
 
 namespace mosa_fast {
@@ -159,11 +163,10 @@ struct Words { uint32_t lane[4]; };
 
 MOSA_INLINE Words philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-#ifdef __CUDACC__
-#pragma unroll
-#endif
+  MOSA_UNROLL
   for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = static_cast<uint64_t>(c0) * 0xD2511F53u, product1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
+    const uint64_t product0 = static_cast<uint64_t>(c0) * 0xD2511F53u;
+    const uint64_t product1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
     c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
     c1 = static_cast<uint32_t>(product1);
     c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;
@@ -176,12 +179,15 @@ MOSA_INLINE Words philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, ui
 
 // What dropout multiplies eight neighbouring channels of one row by: 0 or 1 / (1 - p).
 MOSA_INLINE void dropout_factors(
-    const int64_t* seed, const Sizes& sizes, float keep_scale, int64_t group, int64_t row, int channel, float* factors) {
+    const int64_t* seed, const Sizes& sizes, float keep_scale, int64_t group, int64_t row, int channel,
+    float* factors) {
   const int64_t sample = row / sizes.tokens + (sizes.first_sample ? seed[1] : 0);
+  MOSA_UNROLL
   for (int quad = 0; quad < 2; ++quad) {
     const Words words = philox(
         static_cast<uint64_t>(seed[0]), channel / 4 + quad, static_cast<uint32_t>(row % sizes.tokens),
         static_cast<uint32_t>(sample), static_cast<uint32_t>(group));
+    MOSA_UNROLL
     for (int lane = 0; lane < 4; ++lane) {
       factors[4 * quad + lane] = words.lane[lane] >= static_cast<uint32_t>(sizes.dropout_threshold) ? keep_scale : 0.0f;
     }

@@ -4,10 +4,10 @@
 //
 //     down_effective[v] = W_down[d] diag(g)      [r', D']          up_effective[v] = W_up[u]     [D', r']
 //     up_bias_effective[v] = b_up[u]             [D']
-//     vectors[v, 0] = e = W_down[d] b + b_down[d]                  vectors[v, 1] = w, row sums of the rounded W diag(g)
+//     vectors[v, 0] = e = W_down[d] b + b_down[d]                  vectors[v, 1] = w = row sums of the same
 //
-// Bytes a group: reads 4 to 9 a weight of each projection, writes 2 or 4; the main kernels then copy the tiles to shared
-// memory asynchronously, without masks or arithmetic. Scratch: V D' r' elements a projection.
+// Bytes a group: reads 4 to 9 a weight of each projection, writes 2 or 4; the main kernels then copy the tiles to
+// shared memory asynchronously, without masks or arithmetic. Scratch: V D' r' elements a projection.
 #pragma once
 #include "block.h"
 
@@ -34,22 +34,25 @@ template <class T>
 MOSA_INLINE void prepare_block(const Arguments& a, int64_t block, char* memory) {
   const Sizes& s = a.sizes;
   PrepareShared& shared = *reinterpret_cast<PrepareShared*>(memory);
-  const int64_t width = tiles(s.width) * TILE, ranks = tiles(s.bottleneck) * TILE;
-  const int64_t each = prepare_blocks(width, ranks), group = block / each, part = block % each;
+  // 32 bits for what counts within a group: a block is known by a 32-bit number, and D' r' is far below 2^31.
+  const int width = static_cast<int>(tiles(s.width)) * TILE, ranks = static_cast<int>(tiles(s.bottleneck)) * TILE;
+  const int each = static_cast<int>(prepare_blocks(width, ranks));
+  const int part = static_cast<int>(static_cast<uint32_t>(block) % each);
+  const int64_t group = static_cast<uint32_t>(block) / each;
   const int down_expert = expert_of(a, group, 0), up_expert = expert_of(a, group, 1);
 
   if (part < ranks) {
-    const int64_t rank = part;
+    const int rank = part;
     T* row = static_cast<T*>(a.arrays[DOWN_EFFECTIVE].data) + (group * ranks + rank) * width;
     const bool normed = a.arrays[NORM_WEIGHT].data != nullptr;
     phase([&](int thread) {
       float bias = 0.0f, sum = 0.0f;
-      for (int64_t column = thread; column < width; column += THREADS) {
+      for (int column = thread; column < width; column += THREADS) {
         float value = 0.0f;
         if (rank < s.bottleneck && column < s.width) {
           value = weight_value(
-              a.arrays[DOWN_WEIGHT], &a.arrays[DOWN_INIT], a.arrays[DOWN_OWNER], rank * s.width + column, down_expert,
-              s.down_experts);
+              a.arrays[DOWN_WEIGHT], &a.arrays[DOWN_INIT], a.arrays[DOWN_OWNER], rank * s.width + column,
+              down_expert, s.down_experts);
           if (normed) {
             bias += value * load(a.arrays[NORM_BIAS], column);
             value = value * load(a.arrays[NORM_WEIGHT], column);
@@ -81,14 +84,14 @@ MOSA_INLINE void prepare_block(const Arguments& a, int64_t block, char* memory) 
     return;
   }
 
-  const int64_t up_blocks = (width * ranks + UP_WEIGHTS_A_BLOCK - 1) / UP_WEIGHTS_A_BLOCK;
+  const int up_blocks = (width * ranks + UP_WEIGHTS_A_BLOCK - 1) / UP_WEIGHTS_A_BLOCK;
   if (part < ranks + up_blocks) {
-    T* weights = static_cast<T*>(a.arrays[UP_EFFECTIVE].data) + group * width * ranks;
+    T* weights = static_cast<T*>(a.arrays[UP_EFFECTIVE].data) + group * (width * ranks);
     phase([&](int thread) {
       for (int i = 0; i < UP_WEIGHTS_A_BLOCK / THREADS; ++i) {
-        const int64_t index = (part - ranks) * UP_WEIGHTS_A_BLOCK + i * THREADS + thread;
+        const int index = (part - ranks) * UP_WEIGHTS_A_BLOCK + i * THREADS + thread;
         if (index >= width * ranks) return;
-        const int64_t column = index / ranks, rank = index % ranks;
+        const int column = index / ranks, rank = index % ranks;
         const bool inside = column < s.width && rank < s.bottleneck;
         weights[index] = from_float<T>(
             inside ? weight_value(a.arrays[UP_WEIGHT], nullptr, a.arrays[UP_OWNER], column * s.bottleneck + rank,
@@ -99,7 +102,7 @@ MOSA_INLINE void prepare_block(const Arguments& a, int64_t block, char* memory) 
     return;
   }
   phase([&](int thread) {
-    const int64_t column = (part - ranks - up_blocks) * THREADS + thread;
+    const int column = (part - ranks - up_blocks) * THREADS + thread;
     if (column >= width) return;
     static_cast<float*>(a.arrays[UP_BIAS_EFFECTIVE].data)[group * width + column] = column < s.width
         ? bias_value(a.arrays[UP_BIAS], a.arrays[UP_OWNER].data != nullptr, column, s.width, up_expert, s.up_experts)

@@ -10,11 +10,11 @@ namespace mosa_fast {
 namespace {
 
 #ifdef __CUDACC__
-#define MOSA_KERNEL(name, body)                                                                     \
-  template <class T>                                                                                \
-  __global__ void __launch_bounds__(THREADS) name##_kernel(const __grid_constant__ Arguments arguments) { \
-    extern __shared__ __align__(128) char memory[];                                                 \
-    body(arguments, blockIdx.x, memory);                                                            \
+#define MOSA_KERNEL(name, body) \
+  template <class T> \
+  __global__ void __launch_bounds__(THREADS, 2) name##_kernel(const __grid_constant__ Arguments arguments) { \
+    extern __shared__ __align__(128) char memory[]; \
+    body(arguments, blockIdx.x, memory); \
   }
 
 #define MOSA_LAUNCH(name, blocks, bytes) launch(name##_kernel<T>, arguments, blocks, bytes, stream)
@@ -23,7 +23,8 @@ using Kernel = void(const Arguments);
 
 const char* launch(Kernel* kernel, const Arguments& arguments, int64_t blocks, int64_t bytes, void* stream) {
   if (blocks > 0x7FFFFFFF) return "sparse_adapter: more blocks than a launch can have";
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (error != cudaSuccess) {
     cudaGetLastError();
     return "sparse_adapter: the bottleneck needs more shared memory than this GPU has";
@@ -33,10 +34,10 @@ const char* launch(Kernel* kernel, const Arguments& arguments, int64_t blocks, i
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 #else
-#define MOSA_KERNEL(name, body)                                              \
-  template <class T>                                                         \
+#define MOSA_KERNEL(name, body) \
+  template <class T> \
   void name##_kernel(const Arguments& arguments, int64_t block, char* memory) { \
-    body(arguments, block, memory);                                          \
+    body(arguments, block, memory); \
   }
 
 #define MOSA_LAUNCH(name, blocks, bytes) launch(name##_kernel<T>, arguments, blocks, bytes)

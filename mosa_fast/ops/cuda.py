@@ -81,7 +81,7 @@ def sparse_adapter_fwd(problem: Problem, skip: Tensor | None, save: bool) -> tup
     if not p.out_rows:
         vectors.zero_()  # no block comes to write it
     else:
-        buffers = {"skip": skip, "out": out, "vectors": vectors}
+        buffers: dict[str, Tensor | None] = {"skip": skip, "out": out, "vectors": vectors}
         buffers |= {"stats": stats if stats.numel() else None, "pre": pre if save else None}
         extension.operators().forward(*_arguments(p, buffers | _effective(p), Split(), 0))
     return out, stats, pre, vectors if save else vectors[:0].clone()
@@ -127,7 +127,8 @@ def sparse_adapter_bwd(
         return gradients
 
     programs = -(-p.rows_per_group // TILE) * (1 if p.fork else p.groups)
-    buffers = {"grad_out": grad_out, "stats": stats if stats.numel() else None, "pre": pre, "vectors": vectors}
+    buffers: dict[str, Tensor | None] = {"grad_out": grad_out, "pre": pre, "vectors": vectors}
+    buffers["stats"] = stats if stats.numel() else None
     buffers |= {f"grad_{name}": gradient for name, gradient in vars(gradients).items()}
     for name in ("hidden", "grad_pre"):
         buffers[name] = empty((p.out_rows, p.bottleneck), p.product_dtype, device)
@@ -172,7 +173,7 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _effective(p: Problem) -> dict[str, Tensor]:
+def _effective(p: Problem) -> dict[str, Tensor | None]:
     """Scratch for the weights that each group computes with, padded to whole tiles (csrc/prepare.h)."""
     width, ranks = -(-p.width // TILE) * TILE, -(-p.bottleneck // TILE) * TILE
     device = p.x.device

@@ -64,7 +64,7 @@ def built() -> bool:
 def installed() -> Path | None:
     """The file that setup.py built, for whichever torch; one for this torch comes first."""
     files = [path for path in _folder().glob(f"{PREFIX}*") if path.suffix in (".so", ".pyd")]
-    return min(files, key=lambda path: not path.name.startswith(f"{PREFIX}{_tag()}."), default=None)
+    return min(files, key=lambda path: not path.name.startswith(f"{file_stem()}."), default=None)
 
 
 @lru_cache
@@ -83,6 +83,11 @@ def operators() -> Any:
     else:
         _build()
     return torch.ops.mosa_fast_cuda
+
+
+def file_stem() -> str:
+    """Name of the extension's file for the installed torch, without suffix."""
+    return f"{PREFIX}{_tag()}"
 
 
 def nvidia_includes() -> list[str]:
@@ -112,9 +117,7 @@ def _build() -> None:
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
     os.environ["TORCH_CUDA_ARCH_LIST"] = listed or ARCHITECTURES
     try:
-        cpp_extension.load(
-            _cached().stem, sources, build_directory=str(directory), is_python_module=False, **options
-        )
+        cpp_extension.load(_cached().stem, sources, build_directory=str(directory), is_python_module=False, **options)
     finally:
         if listed is None:
             del os.environ["TORCH_CUDA_ARCH_LIST"]
@@ -127,14 +130,14 @@ def _cached() -> Path:
         if path.suffix in (".cu", ".cpp", ".h"):
             digest.update(path.read_bytes())
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "mosa_fast"
-    name = f"{PREFIX}{_tag()}"
-    return Path(root) / f"{name}_{digest.hexdigest()[:12]}" / f"{name}.so"
+    return Path(root) / f"{file_stem()}_{digest.hexdigest()[:12]}" / f"{file_stem()}.so"
 
 
 def _folder() -> Path:
-    import mosa_fast.csrc
-
-    return Path(mosa_fast.csrc.__file__).parent
+    spec = importlib.util.find_spec("mosa_fast.csrc")
+    assert spec is not None
+    assert spec.origin is not None  # it has an __init__.py
+    return Path(spec.origin).parent
 
 
 def _tag() -> str:
