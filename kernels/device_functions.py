@@ -30,6 +30,15 @@ def load_tile(pointers, mask, EVEN: tl.constexpr, EVICTION: tl.constexpr = KEEP_
 
 
 @triton.jit
+def mask_if(mask, condition):
+    """The mask where a scalar condition holds, else nothing.
+
+    Not `mask & condition`: the interpreter of Triton 3.9 makes integers of a scalar condition that is broadcast.
+    """
+    return (mask.to(tl.int32) & condition.to(tl.int32)) != 0
+
+
+@triton.jit
 def owned_share(owner, expert, inverse_experts):
     """How much of each weight the group uses: 1 or 0 for an expert, 1 / E merged. owner: int tile -> float32."""
     share = tl.where(owner.to(tl.int32) == expert, 1.0, 0.0)

@@ -26,7 +26,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mosa_fast.kernels.device_functions import load_tile, owned_share, weight_tile
+from mosa_fast.kernels.device_functions import load_tile, mask_if, owned_share, weight_tile
 
 
 @triton.jit(do_not_specialize=["rows_per_group", "groups", "pieces", "piece_rows", "segments_per_slice"])
@@ -131,7 +131,9 @@ def sparse_adapter_bwd_weight_kernel(
         grad_bias = tl.sum(down_sums, axis=0)  # sum t
         segment_row = segment.to(tl.int64)
         tl.store(up_sums_ptr + segment_row * WIDTH + columns, tl.sum(up_sums, axis=0), mask=column_valid)
-        tl.store(down_sums_ptr + segment_row * BOTTLENECK + ranks, grad_bias, mask=rank_valid & (column_block == 0))
+        tl.store(
+            down_sums_ptr + segment_row * BOTTLENECK + ranks, grad_bias, mask=mask_if(rank_valid, column_block == 0)
+        )
 
         # What this segment's group owns of its products goes to the slice: stored first, added to later.
         later = index > 0
@@ -142,7 +144,7 @@ def sparse_adapter_bwd_weight_kernel(
             owner = load_tile(up_owner_ptr + up_offsets, up_valid, EVEN_WEIGHTS)
             up *= owned_share(owner, tl.load(experts_ptr + 2 * group + 1), 1.0 / UP_EXPERTS)
         if ACCUMULATE:
-            up += tl.load(up_partial + up_offsets, mask=up_valid & later, other=0.0)
+            up += tl.load(up_partial + up_offsets, mask=mask_if(up_valid, later), other=0.0)
         tl.store(up_partial + up_offsets, up, mask=up_valid)
 
         product = tl.trans(down)  # Q
@@ -163,7 +165,7 @@ def sparse_adapter_bwd_weight_kernel(
             grad_norm_weight = tl.sum(weight * product, axis=0)
             grad_norm_bias = tl.sum(weight * grad_bias[:, None], axis=0)
             if ACCUMULATE:
-                norm_valid = column_valid & later
+                norm_valid = mask_if(column_valid, later)
                 grad_norm_weight += tl.load(norm_partial + columns, mask=norm_valid, other=0.0)
                 grad_norm_bias += tl.load(norm_partial + WIDTH + columns, mask=norm_valid, other=0.0)
             tl.store(norm_partial + columns, grad_norm_weight, mask=column_valid)
@@ -173,7 +175,7 @@ def sparse_adapter_bwd_weight_kernel(
             owner = load_tile(down_owner_ptr + down_offsets, down_valid, EVEN_WEIGHTS)
             product *= owned_share(owner, down_expert, 1.0 / DOWN_EXPERTS)
         if ACCUMULATE:
-            product += tl.load(down_partial + down_offsets, mask=down_valid & later, other=0.0)
+            product += tl.load(down_partial + down_offsets, mask=mask_if(down_valid, later), other=0.0)
         tl.store(down_partial + down_offsets, product, mask=down_valid)
 
 

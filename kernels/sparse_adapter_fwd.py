@@ -38,6 +38,7 @@ from mosa_fast.kernels.device_functions import (
     bias_vector,
     dropout_factor,
     load_tile,
+    mask_if,
     weight_tile,
 )
 from mosa_fast.kernels.problem import Problem
@@ -161,11 +162,11 @@ def sparse_adapter_fwd_kernel(
     if pre_ptr is not None:  # backward will come
         pre_rows = pre_ptr + out_rows[:, None] * BOTTLENECK
         tl.store(pre_rows + ranks[None, :], projected.to(PRODUCT), mask=row_valid[:, None] & rank_valid[None, :])
-        first_block = rank_valid & (block == 0)
+        first_block = mask_if(rank_valid, block == 0)
         tl.store(vectors_ptr + group * 2 * BOTTLENECK + ranks, bias, mask=first_block)
         tl.store(vectors_ptr + (group * 2 + 1) * BOTTLENECK + ranks, weight_sums, mask=first_block)
         if norm_weight_ptr is not None:
-            writes = row_valid & (group == 0) if FORK else row_valid
+            writes = mask_if(row_valid, group == 0) if FORK else row_valid
             tl.store(stats_ptr + in_rows * 2, pivot + mean, mask=writes)
             tl.store(stats_ptr + in_rows * 2 + 1, rstd, mask=writes)
 

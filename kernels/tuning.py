@@ -75,7 +75,7 @@ TILES: dict[tuple[str, str], dict[tuple[int, int], Tile]] = {
         (2, 256): Tile(64, 32, 8, 2),
         (4, 64): Tile(32, 32, 4, 2),
         (4, 128): Tile(32, 16, 8, 2),
-        (4, 256): Tile(32, 16, 8, 2),
+        (4, 256): Tile(16, 16, 8, 2),
     },
     ("backward_input", "plain"): {
         (2, 64): Tile(128, 64, 8, 3),
@@ -97,12 +97,16 @@ TILES: dict[tuple[str, str], dict[tuple[int, int], Tile]] = {
     # x is wider than the products: timm's residual stream under autocast. A line of 128 bytes is 32 columns.
     ("forward", "autocast"): {(2, 64): Tile(128, 32, 8, 3)},
     ("backward_input", "autocast"): {(2, 64): Tile(128, 32, 8, 3)},
-    ("backward_weight", "autocast"): {(2, 64): Tile(32, 64, 8, 3), (2, 128): Tile(16, 64, 8, 3)},
+    ("backward_weight", "autocast"): {
+        (2, 64): Tile(32, 64, 8, 3),
+        (2, 128): Tile(16, 64, 8, 3),
+        (2, 256): Tile(16, 32, 8, 3),
+    },
     # A fork loops over its groups, which takes registers.
     ("forward", "fork"): {(4, 64): Tile(16, 32, 4, 2)},
     ("backward_input", "fork"): {
         (2, 64): Tile(64, 64, 8, 2),
-        (2, 128): Tile(64, 32, 8, 2),
+        (2, 128): Tile(64, 32, 8, 1),
         (2, 256): Tile(32, 16, 8, 2),
     },
     # D or r is no multiple of 16 bytes: no vector loads, an address for every element.
@@ -127,7 +131,7 @@ TILES: dict[tuple[str, str], dict[tuple[int, int], Tile]] = {
         (2, 128): Tile(16, 16, 8, 1),
         (2, 256): Tile(16, 16, 8, 1),
         (4, 64): Tile(16, 32, 8, 2),
-        (4, 128): Tile(16, 16, 8, 1),
+        (4, 128): Tile(16, 16, 8, 2),
         (4, 256): Tile(16, 16, 8, 1),
     },
 }

@@ -94,7 +94,7 @@ class DataConfig:
     normalisation: Literal["imagenet", "backbone"] = "imagenet"
     """Mean and standard deviation of images from files: ImageNet's, as in the paper, or the backbone's own."""
     shots: int | None = 50
-    """digits only: training images per class, at most 80. None: all of them."""
+    """digits only: training images per class, at most 74. None: all of them."""
     image_size: int | None = None
     """Side of the square images in pixels. None: what the backbone expects."""
     workers: int = 2

@@ -33,9 +33,9 @@ def evaluate_run(run: Path, config: TrainConfig, classes: list[str], split: str)
         ValueError: the run is not finished, or the data are no longer those of the run.
     """
     from mosa_fast.data.loading import evaluation_loader
+    from mosa_fast.training.data import load_run_data
     from mosa_fast.training.distributed import Ranks, pick_device
     from mosa_fast.training.evaluation import BATCH_FACTOR, evaluate
-    from mosa_fast.training.loop import load_run_data
 
     ranks = Ranks(0, 1, pick_device(config.device))
     model = load_run_model(run, config, classes).to(ranks.device)

@@ -69,7 +69,7 @@ def evaluation_transform(config: TrainConfig) -> Callable[..., Tensor]:
     from torchvision.transforms import InterpolationMode, v2
 
     from mosa_fast.data import make_transforms
-    from mosa_fast.training.loop import channel_statistics_of
+    from mosa_fast.training.data import channel_statistics_of
 
     size = config.data.image_size
     assert size is not None

@@ -70,38 +70,7 @@ def sparse_adapter(
     _check_bias("up_bias", up_bias, up_owner, up_weight.shape[0], x)
     _check_routing(x, experts, seed, fork)
     _check_options(x, activation, scale, dropout)
-    name = resolve_backend(x.device, x.dtype)
-    if name != "reference":
-        tensors = (
-            x,
-            skip,
-            norm_weight,
-            norm_bias,
-            down_weight,
-            down_bias,
-            up_weight,
-            up_bias,
-            down_init,
-            down_owner,
-            up_owner,
-            experts,
-            scale if isinstance(scale, Tensor) else None,
-            seed if dropout > 0 else None,
-        )
-        out, *_saved = sparse_adapter_op(
-            *tensors,
-            activation,
-            1.0 if isinstance(scale, Tensor) else float(scale),
-            float(dropout),
-            add_input,
-            fork,
-            float(eps),
-            reference.compute_dtype(x),
-            torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors),
-            name,
-        )
-        return out
-    return reference.sparse_adapter(
+    tensors = (
         x,
         skip,
         norm_weight,
@@ -114,14 +83,35 @@ def sparse_adapter(
         down_owner,
         up_owner,
         experts,
-        activation=activation,
-        scale=scale,
-        dropout=dropout,
-        seed=seed,
-        add_input=add_input,
-        fork=fork,
-        eps=eps,
     )
+    name = resolve_backend(x.device, x.dtype)
+    if name == "reference":
+        return reference.sparse_adapter(
+            *tensors,
+            activation=activation,
+            scale=scale,
+            dropout=dropout,
+            seed=seed,
+            add_input=add_input,
+            fork=fork,
+            eps=eps,
+        )
+    scale_tensor = scale if isinstance(scale, Tensor) else None
+    out, *_saved = sparse_adapter_op(
+        *tensors,
+        scale_tensor,
+        seed if dropout > 0 else None,
+        activation,
+        1.0 if isinstance(scale, Tensor) else float(scale),
+        float(dropout),
+        add_input,
+        fork,
+        float(eps),
+        reference.compute_dtype(x),
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, scale_tensor)),
+        name,
+    )
+    return out
 
 
 def _as_tensor(seed: int | Tensor, device: torch.device) -> Tensor:

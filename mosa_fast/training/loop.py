@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sized
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,15 +13,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mosa_fast.backbones.adapter_file import load_trained_state, save_adapter, trained_state
-from mosa_fast.backbones.create import channel_statistics, check_adaptable, input_size
+from mosa_fast.backbones.create import check_adaptable, input_size
 from mosa_fast.backbones.vision_transformer import AdaptedVisionTransformer
 from mosa_fast.config import LossConfig, TrainConfig
-from mosa_fast.data import load_data
-from mosa_fast.data.loading import StepSampler, batches, cache_decoded, drop_unreadable, evaluation_loader, train_loader
-from mosa_fast.data.splits import Splits
-from mosa_fast.data.transforms import IMAGENET, Statistics
+from mosa_fast.data.loading import StepSampler, batches, evaluation_loader, train_loader
 from mosa_fast.files import write_atomically
 from mosa_fast.training.checkpoint import last_checkpoint, load_checkpoint, remove_checkpoints, save_checkpoint
+from mosa_fast.training.data import load_run_data
 from mosa_fast.training.distributed import Ranks, join_ranks, rank_slice
 from mosa_fast.training.evaluation import BATCH_FACTOR, EvaluationStopped, evaluate
 from mosa_fast.training.loggers import Loggers, Progress
@@ -375,26 +372,6 @@ class Run:
         self.validations_since_best = state["validations_since_best"]
         self.seconds_before = state["seconds"]
         return state["rows"]
-
-
-def channel_statistics_of(config: TrainConfig) -> Statistics:
-    """What a run's images are normalised with."""
-    own = config.data.normalisation == "backbone"
-    return Statistics(*channel_statistics(config.model)) if own else IMAGENET
-
-
-def load_run_data(config: TrainConfig) -> Splits:
-    """The data of a run, with its loader options applied; `config.data.image_size` is set."""
-    assert config.data.image_size is not None
-    splits = load_data(config.data, config.data.image_size, config.seed, channel_statistics_of(config))
-    if config.loader.corrupt == "skip":
-        splits = drop_unreadable(splits)
-    if config.loader.cache:
-        cache_decoded(*(part for part in (splits.train, splits.val) if part is not None))
-    for name, part in (("train", splits.train), ("val", splits.val), ("test", splits.test)):
-        if isinstance(part, Sized) and len(part) == 0 and (name != "test" or config.test):
-            raise ValueError(f"data: there is no {name} image; where val is cut from train, a class needs two")
-    return splits
 
 
 def save_trained(model: nn.Module, out: Path) -> Path:

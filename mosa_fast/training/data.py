@@ -1,0 +1,32 @@
+"""The data of a run, as its configuration describes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+
+from mosa_fast.backbones.create import channel_statistics
+from mosa_fast.config import TrainConfig
+from mosa_fast.data import load_data
+from mosa_fast.data.loading import cache_decoded, drop_unreadable
+from mosa_fast.data.splits import Splits
+from mosa_fast.data.transforms import IMAGENET, Statistics
+
+
+def channel_statistics_of(config: TrainConfig) -> Statistics:
+    """What a run's images are normalised with."""
+    own = config.data.normalisation == "backbone"
+    return Statistics(*channel_statistics(config.model)) if own else IMAGENET
+
+
+def load_run_data(config: TrainConfig) -> Splits:
+    """The data of a run, with its loader options applied; `config.data.image_size` is set."""
+    assert config.data.image_size is not None
+    splits = load_data(config.data, config.data.image_size, config.seed, channel_statistics_of(config))
+    if config.loader.corrupt == "skip":
+        splits = drop_unreadable(splits)
+    if config.loader.cache:
+        cache_decoded(*(part for part in (splits.train, splits.val) if part is not None))
+    for name, part in (("train", splits.train), ("val", splits.val), ("test", splits.test)):
+        if isinstance(part, Sized) and len(part) == 0 and (name != "test" or config.test):
+            raise ValueError(f"data: there is no {name} image; where val is cut from train, a class needs two")
+    return splits
