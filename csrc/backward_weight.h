@@ -52,16 +52,14 @@ MOSA_INLINE void backward_weight_block(const Arguments& a, int64_t block, char* 
   float* up_partial = static_cast<float*>(a.arrays[PARTIAL].data) + slice * partial_length(s);
   float* down_partial = up_partial + s.width * s.bottleneck;
   float* norm_partial = down_partial + s.width * s.bottleneck + chunk * 2 * s.width;
-  PerThread<Eight, SLOTS> ahead_grad, ahead_x;  // h and t, from the L2 cache, are not worth the registers
-  PerThread<float, EIGHT> grad_sums, grad_pre_sums;
+  PerThread<Eight, SLOTS> ahead_grad;  // only y: for more, and for h and t in the L2 cache, registers do not suffice
+  PerThread<float, EIGHT> grad_sums;
   Accumulator<T> up, down;  // y^T h and Q^T: columns by ranks
 
-  // Sums over the rows of a tile: first each thread its own rows, then the threads of a column in order.
-  auto reduce = [&](PerThread<float, EIGHT>& sums) {
-    phase([&](int thread) {
-      MOSA_UNROLL
-      for (int i = 0; i < EIGHT; ++i) shared.sums[thread / PARTS][thread % PARTS * EIGHT + i] = sums.at(thread)[i];
-    });
+  // Sums over the rows of a segment: first each thread its own rows, into its own eight of `sums` (those of t at once, to
+  // spare registers), then the threads of a column in order.
+  auto own_sums = [&](int thread) { return &shared.sums[thread / PARTS][thread % PARTS * EIGHT]; };
+  auto add_up = [&] {
     phase([&](int thread) {
       if (thread >= TILE) return;
       float total = 0.0f;
@@ -75,17 +73,16 @@ MOSA_INLINE void backward_weight_block(const Arguments& a, int64_t block, char* 
   for (int64_t index = 0; index < count; ++index) {
     const int64_t segment = first + index, group = segment / s.pieces;
     const int64_t start_row = segment % s.pieces * s.piece_rows;
-    const int64_t end_row = smaller(start_row + s.piece_rows, s.rows_per_group);
-    const int64_t out_start = group * s.rows_per_group, in_start = s.fork ? 0 : out_start;
-    auto fetch_rows = [&](int64_t block_row) {
+    const int rows = static_cast<int>(smaller(s.piece_rows, s.rows_per_group - start_row));
+    const int64_t out_start = group * s.rows_per_group + start_row, in_start = s.fork ? start_row : out_start;
+    auto fetch_rows = [&](int block_row) {
       phase_without_barrier([&](int thread) {
         const int column = first_column + thread % PARTS * EIGHT;
         MOSA_UNROLL
         for (int slot = 0; slot < SLOTS; ++slot) {
-          const int64_t row = block_row + thread / PARTS + slot * LANES;
-          const int columns = row < end_row ? s.width - column : 0;
+          const int row = block_row + thread / PARTS + slot * LANES;
+          const int columns = row < rows ? s.width - column : 0;
           ahead_grad.at(thread)[slot] = fetch(a.arrays[GRAD_OUT], (out_start + row) * s.width + column, columns);
-          ahead_x.at(thread)[slot] = fetch(a.arrays[X], (in_start + row) * s.width + column, columns);
         }
       });
     };
@@ -94,65 +91,68 @@ MOSA_INLINE void backward_weight_block(const Arguments& a, int64_t block, char* 
     down.zero();
     phase_without_barrier([&](int thread) {
       MOSA_UNROLL
-      for (int i = 0; i < EIGHT; ++i) grad_sums.at(thread)[i] = grad_pre_sums.at(thread)[i] = 0.0f;
+      for (int i = 0; i < EIGHT; ++i) grad_sums.at(thread)[i] = own_sums(thread)[i] = 0.0f;
     });
-    fetch_rows(start_row);
-    for (int64_t block_row = start_row; block_row < end_row; block_row += TILE) {
+    fetch_rows(0);
+    for (int block_row = 0; block_row < rows; block_row += TILE) {
       phase([&](int thread) {
-        const int part = thread % PARTS;
+        const int part = thread % PARTS, column = first_column + part * EIGHT, rank = first_rank + part * EIGHT;
         MOSA_UNROLL
         for (int slot = 0; slot < SLOTS; ++slot) {
+          put(a.arrays[GRAD_OUT], ahead_grad.at(thread)[slot],
+              shared.grad + (thread / PARTS + slot * LANES) * PITCH<T> + part * EIGHT);
+          MOSA_UNROLL
+          for (int i = 0; i < EIGHT; ++i) {
+            grad_sums.at(thread)[i] += element(a.arrays[GRAD_OUT], ahead_grad.at(thread)[slot], i);
+          }
+        }
+        MOSA_ROLL
+        for (int slot = 0; slot < SLOTS; ++slot) {
           const int tile_row = thread / PARTS + slot * LANES, at = tile_row * PITCH<T> + part * EIGHT;
-          const int64_t row = block_row + tile_row;
-          const bool inside = row < end_row;
+          const int row = block_row + tile_row;
+          const bool inside = row < rows;
+          const int columns = inside ? s.width - column : 0, ranks = inside ? s.bottleneck - rank : 0;
+          const Eight x = fetch(a.arrays[X], (in_start + row) * s.width + column, columns);
           float mean = 0.0f, rstd = 1.0f;
           if (normed && inside) {
             const float* stats = static_cast<const float*>(a.arrays[STATS].data) + (in_start + row) * 2;
             mean = stats[0];
             rstd = stats[1];
           }
-          put(a.arrays[GRAD_OUT], ahead_grad.at(thread)[slot], shared.grad + at);
           MOSA_UNROLL
           for (int i = 0; i < EIGHT; ++i) {
-            const bool column_inside = inside && first_column + part * EIGHT + i < s.width;
-            const float x = element(a.arrays[X], ahead_x.at(thread)[slot], i);
-            shared.x[at + i] = from_float<T>(column_inside ? (x - mean) * rstd : 0.0f);
-            grad_sums.at(thread)[i] += element(a.arrays[GRAD_OUT], ahead_grad.at(thread)[slot], i);
+            shared.x[at + i] = from_float<T>(i < columns ? (element(a.arrays[X], x, i) - mean) * rstd : 0.0f);
           }
-        }
-        const int rank = first_rank + part * EIGHT;
-        MOSA_ROLL
-        for (int slot = 0; slot < SLOTS; ++slot) {
-          const int tile_row = thread / PARTS + slot * LANES, at = tile_row * PITCH<T> + part * EIGHT;
-          const int64_t row = block_row + tile_row, rank_at = (out_start + row) * s.bottleneck + rank;
-          const int ranks = row < end_row ? s.bottleneck - rank : 0;
+          const int64_t rank_at = (out_start + row) * s.bottleneck + rank;
           put(a.arrays[HIDDEN], fetch(a.arrays[HIDDEN], rank_at, ranks), shared.hidden + at);
           const Eight grad_pre = fetch(a.arrays[GRAD_PRE], rank_at, ranks);
           put(a.arrays[GRAD_PRE], grad_pre, shared.grad_pre + at);
           MOSA_UNROLL
-          for (int i = 0; i < EIGHT; ++i) {
-            grad_pre_sums.at(thread)[i] += element(a.arrays[GRAD_PRE], grad_pre, i);
-          }
+          for (int i = 0; i < EIGHT; ++i) own_sums(thread)[i] += element(a.arrays[GRAD_PRE], grad_pre, i);
         }
       });
-      if (block_row + TILE < end_row) fetch_rows(block_row + TILE);
+      if (block_row + TILE < rows) fetch_rows(block_row + TILE);
       up.template multiply<ACROSS_DEPTH, ACROSS_DEPTH>(shared.grad, PITCH<T>, shared.hidden, PITCH<T>);
       down.template multiply<ACROSS_DEPTH, ACROSS_DEPTH>(shared.x, PITCH<T>, shared.grad_pre, PITCH<T>);
     }
 
-    reduce(grad_sums);
-    phase([&](int thread) {
-      if (thread < TILE && first_column + thread < s.width && chunk == 0) {
-        static_cast<float*>(a.arrays[UP_SUMS].data)[segment * s.width + first_column + thread] = shared.sums[0][thread];
-      }
-    });
-    reduce(grad_pre_sums);
+    add_up();
     phase([&](int thread) {
       if (thread >= TILE) return;
       shared.rank_sums[thread] = shared.sums[0][thread];  // sum t
       if (first_rank + thread < s.bottleneck && tile == 0) {
         static_cast<float*>(a.arrays[DOWN_SUMS].data)[segment * s.bottleneck + first_rank + thread] =
             shared.sums[0][thread];
+      }
+    });
+    phase([&](int thread) {
+      MOSA_UNROLL
+      for (int i = 0; i < EIGHT; ++i) own_sums(thread)[i] = grad_sums.at(thread)[i];
+    });
+    add_up();
+    phase([&](int thread) {
+      if (thread < TILE && first_column + thread < s.width && chunk == 0) {
+        static_cast<float*>(a.arrays[UP_SUMS].data)[segment * s.width + first_column + thread] = shared.sums[0][thread];
       }
     });
 

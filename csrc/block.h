@@ -173,7 +173,7 @@ struct Accumulator {
     const int warp = threadIdx.x / 32, row = warp / 2 * 16, column = warp % 2 * 32;
     const Element* left = reinterpret_cast<const Element*>(a);
     const Element* right = reinterpret_cast<const Element*>(b);
-#pragma unroll
+#pragma unroll 2  // 4 would not fit the registers
     for (int depth = 0; depth < TILE; depth += 16) {
       wmma::fragment<wmma::matrix_a, 16, 16, 16, Element, RowOrColumnA> fragment_a;
       wmma::load_matrix_sync(

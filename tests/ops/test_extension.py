@@ -48,7 +48,7 @@ def emulated(arguments, wanted, autocast=None):
 
 
 LARGE = [
-    Case("chunks_of_ranks", width=200, bottleneck=130, tokens=70, dropout=0.1, scale=torch.tensor(0.3)),
+    Case("chunks_of_ranks", width=200, bottleneck=130, tokens=130, dropout=0.1, scale=torch.tensor(0.3)),
     Case("chunks_of_a_fork", width=72, bottleneck=72, samples=2, tokens=40, fork=True, dropout=0.2),
     Case("many_rows", width=64, bottleneck=16, samples=2, tokens=333, scale=torch.tensor(0.3)),
 ]
