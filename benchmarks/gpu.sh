@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of at most 9 minutes: benchmarks/gpu.sh FOLDER
+# What needs a GPU but the suite, in one call of at most 9 minutes: benchmarks/gpu.sh FOLDER
+# (the suite is a call of its own: python -m benchmarks --suite gpu)
 # Leaves at most 8 small files there; a part that fails or runs out of its time does not stop the others.
 set -u
 out=${1:?usage: benchmarks/gpu.sh FOLDER}

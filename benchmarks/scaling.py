@@ -171,9 +171,9 @@ def markdown(results: dict[str, Any]) -> str:
         f"{assumed['bandwidth'] / 1e9:.0f} GB/s and {assumed['latency'] * 1e6:.0f} µs a hop between GPUs. "
         f"Measured: {results['decode_seconds'] * 1e3:.1f} ms to decode and transform an image on one core "
         f"({results['environment']['device']}).",
-        "Every GPU keeps the recipe's batch, so that a step of W GPUs takes W batches: what limits after the network is the",
-        "data set (VTAB-1k's 1,000 images are one step of 8 GPUs; thousands of GPUs want millions of images) and",
-        "the decoding, in the last column.",
+        "Every GPU keeps the recipe's batch, so that a step of W GPUs takes W batches: what limits after the network",
+        "is the data set (VTAB-1k's 1,000 images are one step of 8 GPUs; thousands of GPUs want millions of images)",
+        "and the decoding, in the last column.",
         "",
         "| recipes | reduced, MB a step | GFLOP an image | step, ms | "
         + " | ".join(f"{world:,} GPUs" for world in WORLDS)

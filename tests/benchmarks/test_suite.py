@@ -1,0 +1,207 @@
+"""The suite counts, checks, compares and reports what it says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__, models, report, suite
+from benchmarks.cases import CASES, Contender, Spec, Workbench
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent.parent
+SMALL = "test_vit"  # timm's smallest
+
+
+def spec(case, precision="fp32", **options):
+    return Spec(case, SMALL, 2, precision, repeats=2, **({"tokens": 9} | options))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", CASES)
+def test_every_case_times_what_runs_here(case, precision):
+    rows = {row["contender"]: row for row in suite.measure(spec(case, precision), CPU)}
+    for name in ("no adapter", "paper", "dense", "ours, reference"):
+        assert rows[name]["ms"] > 0, rows[name]["reason"]
+        assert rows[name]["low"] <= rows[name]["ms"] <= rows[name]["high"]
+    if not torch.cuda.is_available():
+        assert "no GPU" in rows["ours, triton"]["reason"]
+        assert rows["ours, triton"]["ms"] is None
+    if case == "step":
+        state = {name: row["state_mib"] for name, row in rows.items()}
+        assert state["no adapter"] < state["ours, reference"] < state["paper"]
+
+
+@pytest.mark.parametrize("level", ["operator", "block", "model"])
+def test_the_papers_way_computes_the_same(level):
+    bench = Workbench(spec("step" if level == "model" else level), CPU, level)
+    learner = models.paper(bench.vit, bench.compact, level)
+    learner.module.train()
+    found, expected = bench.results(learner), bench.expected(dropout=False)
+    assert found.keys() == expected.keys()
+    assert {"output", "0.up.weight", "0.up.bias", "0.down.weight", "0.norm.weight"} <= expected.keys()
+    for name, truth in expected.items():
+        assert truth.any(), name
+        torch.testing.assert_close(found[name], truth, rtol=1e-4, atol=1e-5 * truth.abs().max().item())
+
+
+def test_wrong_results_have_no_time(monkeypatch):
+    monkeypatch.setattr(models.CopiedProjection, "mask_gradients", lambda self: None)
+    rows = {row["contender"]: row for row in suite.measure(spec("operator"), CPU)}
+    assert rows["paper"]["ms"] is None
+    assert "up.weight is off by" in rows["paper"]["reason"]
+    assert rows["ours, reference"]["ms"] > 0
+
+
+def test_a_contender_that_breaks_does_not_take_the_others_with_it(monkeypatch):
+    def broken(*arguments):
+        raise MemoryError("too large")
+
+    monkeypatch.setattr(models, "dense", broken)
+    rows = {row["contender"]: row for row in suite.measure(spec("block"), CPU)}
+    assert rows["dense"]["reason"] == "MemoryError: too large"
+    assert rows["paper"]["ms"] > 0
+
+
+def test_lora_learns_on_the_same_backbone():
+    pytest.importorskip("peft")
+    rows = {row["contender"]: row for row in suite.measure(spec("step"), CPU)}
+    assert rows["lora"]["ms"] > 0
+
+
+def test_saved_counts_every_activation_once():
+    x = torch.randn(256, 1024, requires_grad=True)  # 1 MiB
+    weight = torch.nn.Parameter(torch.randn(1024))
+
+    def run():
+        y = x.exp()  # keeps y
+        ((y * weight) + y * y).sum().backward()  # keep y, which is there, and the parameter, which does not count
+
+    assert suite.saved(Contender("any", run, dict)) == 1.0
+
+
+def test_work_of_the_operator():
+    row = {"images": 3, "tokens": 5, "precision": "bf16"}
+    elements = 2 * 3 * 5 * 16
+    # h, out, and five passes of float32 backward; the MLP's output in 16 bits
+    assert suite.operator_work(row, 16) == (12 * elements * 64, elements * (7 * 4 + 2))
+
+
+def row(contender, ms, low=None, high=None, **more):
+    known = dict(zip(suite.KEY, ("step", SMALL, 2, 9, "fp32", contender), strict=True))
+    quartiles = {"ms": ms, "low": low or ms, "high": high or ms, "images_per_s": 1.0}
+    return dict.fromkeys(suite.MEASURED) | known | quartiles | more
+
+
+def results(*rows, device="chip"):
+    environment = {"device": device, "threads": 2, "torch": "2", "triton": "3", "commit": "abc"}
+    return {
+        "environment": environment,
+        "machine": {"copy_gb_per_s": 10.0, "fp32_tflop_per_s": 1.0},
+        "config": {"bottleneck": 64, "experts": 4},
+        "rows": list(rows),
+    }
+
+
+@pytest.mark.parametrize(
+    ("new", "slower"),
+    [
+        (row("dense", 12, 10.5, 13), True),  # above the old third quartile
+        (row("dense", 12, 9.9, 13), False),
+        (row("dense", 2, 1, 3), False),
+        (row("dense", None, reason="wrong") | {"low": None, "high": None}, True),
+        (row("another", 99), False),
+    ],
+)
+def test_a_regression_is_what_lies_beyond_the_spread(new, slower):
+    lines, regressed = suite.compare(results(new), results(row("dense", 9, 8, 10)))
+    assert regressed is slower
+    assert ("SLOWER" in " ".join(lines) or "not timed" in " ".join(lines)) is slower
+
+
+def test_other_devices_are_not_compared():
+    with pytest.raises(ValueError, match="different devices: chip and another"):
+        suite.compare(results(), results(device="another"))
+
+
+def test_taxes():
+    rows = [
+        row("no adapter", 100, saved_mib=50),
+        row("no adapter, two views", 110, saved_mib=60),
+        row("paper", 220, saved_mib=90),
+        row("ours, reference", 105, saved_mib=51),
+        row("ours, reference, two views", 121, saved_mib=63),
+    ]
+    found = {name: (round(time, 6), round(space, 6)) for name, time, space in report.taxes(rows)}
+    assert found == {
+        "paper": (1.0, 0.5),
+        "ours, reference": (0.05, 0.02),
+        "ours, reference, two views": (0.1, 0.05),
+    }
+    text = report.summary(results(*rows))
+    assert "| paper | 220.00 (220.00 to 220.00) | 1 | 1.00 | 90 |  | +100.0% | +50.0% |" in text
+
+
+def test_the_report_is_written(tmp_path, command):
+    sizes = [{"images": 2}, {"images": 4}, {"tokens": 18}]
+    operators = [row("ours, reference", 3, case="operator", **size) for size in sizes]
+    path = tmp_path / "suite_chip.json"
+    path.write_text(json.dumps(results(row("paper", 2), row("dense", 1), *operators)))
+    assert command(report.main, path)[0] == 0
+    assert {file.name for file in tmp_path.iterdir()} == {
+        path.name,
+        "suite_chip.md",
+        *(f"suite_chip_{plot}.png" for plot in ("bars", "roofline", "scaling")),
+    }
+
+
+def test_a_run_writes_its_rows_and_compares_itself(tmp_path, command, monkeypatch):
+    monkeypatch.setitem(suite.SUITES, "quick", suite.Suite((spec("operator"), spec("evaluation")), 2))
+    monkeypatch.setattr(suite, "machine", lambda device: {})
+    path = tmp_path / "new.json"
+    arguments = ("--quick", "--cases", "operator", "--out", path)
+    assert command(__main__.main, *arguments)[0] == 0
+    written = json.loads(path.read_text())
+    assert {found["case"] for found in written["rows"]} == {"operator"}
+    assert path.with_suffix(".csv").read_text().count("\n") == len(written["rows"]) + 1
+    for found in written["rows"]:
+        found |= {name: found[name] and found[name] / 1e3 for name in ("ms", "low", "high")}
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(written))
+    code, output, _ = command(__main__.main, *arguments, "--compare", old)
+    assert code == 1
+    assert "SLOWER" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--compare", "nowhere.json"], "nowhere.json is not a result"),
+        (["--cases", "nothing"], "invalid choice: 'nothing'"),
+        (["--out", "a.csv"], "must end in .json"),
+        (["--quick", "--suite", "gpu"], "not allowed with"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, command):
+    code, _, error = command(__main__.main, *arguments)
+    assert code == 2
+    assert message in error.strip().splitlines()[-1]
+
+
+def test_few_packages_are_needed():
+    blocked = ["jsonargparse", "yaml", "tqdm", "peft", "tensorboard"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); import benchmarks.__main__, benchmarks.report"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_reports_and_readme_say_what_the_files_say():
+    files = sorted(report.RESULTS.glob("suite_*.json"))
+    assert files
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in files:
+        stored = json.loads(path.read_text())
+        assert path.with_suffix(".md").read_text(encoding="utf-8") == report.markdown(stored)
+        assert report.summary(stored) in readme
