@@ -130,7 +130,8 @@ def _cached() -> Path:
         if path.suffix in (".cu", ".cpp", ".h"):
             digest.update(path.read_bytes())
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "mosa_fast"
-    return Path(root) / f"{file_stem()}_{digest.hexdigest()[:12]}" / f"{file_stem()}.so"
+    suffix = ".pyd" if os.name == "nt" else ".so"  # as torch names what it builds
+    return Path(root) / f"{file_stem()}_{digest.hexdigest()[:12]}" / f"{file_stem()}{suffix}"
 
 
 def _folder() -> Path:

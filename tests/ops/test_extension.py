@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from kernel_cases import CASES, Case, compare, make, run
+from kernel_cases import CASES, Case, check, compare, make, poisoned, run
 
 import mosa_fast.csrc
 from mosa_fast.ops import backends, cuda, extension, philox, reference
@@ -37,16 +37,6 @@ def emulation(tmp_path_factory):
         cached.cache_clear()
 
 
-def emulated(arguments, wanted, autocast=None):
-    """The backend's results, every buffer poisoned with NaN first."""
-
-    def filled(shape, dtype, device):
-        return torch.full(shape, float("nan"), dtype=dtype, device=device)
-
-    with mock.patch.object(cuda, "empty", filled):
-        return run("cuda", arguments, wanted, autocast=autocast)
-
-
 LARGE = [
     Case("chunks_of_ranks", width=200, bottleneck=130, tokens=130, dropout=0.1, scale=torch.tensor(0.3)),
     Case("chunks_of_a_fork", width=72, bottleneck=72, samples=2, tokens=40, fork=True, dropout=0.2),
@@ -58,10 +48,7 @@ LARGE = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES + LARGE, ids=str)
 def test_output_and_gradients(emulation, case, dtype):
-    arguments = make(case, dtype, "cpu")
-    oracle = run("reference", arguments, case.gradients, torch.float64)
-    eager = run("reference", arguments, case.gradients)
-    compare(emulated(arguments, case.gradients), eager, oracle, dtype)
+    check(case, dtype, "cpu", "cuda")
 
 
 @needs_compiler
@@ -71,7 +58,8 @@ def test_autocast_rounds_the_products_only(emulation, skip_dtype):
     arguments = make(case, torch.float32, "cpu")
     oracle = run("reference", arguments, dtype=torch.float64)
     eager = run("reference", arguments, autocast=torch.bfloat16)
-    ours = emulated(arguments, case.gradients, torch.bfloat16)
+    with poisoned():
+        ours = run("cuda", arguments, autocast=torch.bfloat16)
     assert ours["out"].dtype == torch.float32
     compare(ours, eager, oracle, torch.bfloat16)
 
