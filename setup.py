@@ -26,7 +26,6 @@ def cuda_extension() -> dict:
     built = cpp_extension.CUDAExtension(
         f"mosa_fast.csrc.{extension.file_stem()}",
         [f"csrc/{name}" for name in extension.SOURCES],
-        include_dirs=extension.nvidia_includes(),
         extra_compile_args={"cxx": ["-O2", "-std=c++20"], "nvcc": extension.NVCC_FLAGS},
     )
     return {"ext_modules": [built], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}

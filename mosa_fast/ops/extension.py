@@ -90,13 +90,6 @@ def file_stem() -> str:
     return f"{PREFIX}{_tag()}"
 
 
-def nvidia_includes() -> list[str]:
-    """Headers of torch's own nvidia packages, for what the toolkit lacks."""
-    spec = importlib.util.find_spec("nvidia")
-    roots = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
-    return [str(path) for root in roots for path in sorted(Path(root).glob("cu[0-9]*/include"))]
-
-
 def _build() -> None:
     """Compile into the cache, if the cache has nothing, and load."""
     if _cached().exists():
@@ -107,7 +100,7 @@ def _build() -> None:
     directory = _cached().parent
     directory.mkdir(parents=True, exist_ok=True)
     sources = [str(_folder() / name) for name in SOURCES]
-    options: dict[str, Any] = {"extra_cuda_cflags": NVCC_FLAGS, "extra_include_paths": nvidia_includes()}
+    options: dict[str, Any] = {"extra_cuda_cflags": NVCC_FLAGS}
     if emulated():
         # A .cu is not for a host compiler; one more file that includes it is.
         wrapper = directory / "emulation.cpp"
