@@ -1,6 +1,8 @@
 """Packaging of mosa_fast; pyproject.toml configures the tools only."""
 
+import os
 import re
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -10,7 +12,27 @@ HERE = Path(__file__).parent
 # `kernels` or `configs` would shadow other people's.
 MAPPED = {"mosa_fast.kernels": "kernels", "mosa_fast.configs": "configs", "mosa_fast.csrc": "csrc"}
 
+
+def cuda_extension() -> dict:
+    """The CUDA C++ extension, with MOSA_FAST_BUILD_CUDA=1 only: nothing else needs torch or a compiler to install."""
+    if os.environ.get("MOSA_FAST_BUILD_CUDA") != "1":
+        return {}
+    sys.path.insert(0, str(HERE))
+    from torch.utils import cpp_extension
+
+    from mosa_fast.ops import extension
+
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", extension.ARCHITECTURES)
+    built = cpp_extension.CUDAExtension(
+        f"mosa_fast.csrc.{extension.file_stem()}",
+        [f"csrc/{name}" for name in extension.SOURCES],
+        extra_compile_args={"cxx": ["-O2", "-std=c++20"], "nvcc": extension.NVCC_FLAGS},
+    )
+    return {"ext_modules": [built], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
+
+
 setup(
+    **cuda_extension(),
     name="mosa_fast",
     version=re.search(r'__version__ = "(.+)"', (HERE / "mosa_fast/__init__.py").read_text()).group(1),
     description="Mixture of Sparse Adapters (MoSA) for vision transformers, fused and fast",

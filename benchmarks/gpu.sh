@@ -25,7 +25,11 @@ part() { # part SECONDS FILE COMMAND...: run with what time is left, at most SEC
     tail -n 3 "$out/$file"
 }
 
+# The extension is built for this GPU alone, at its first use.
+TORCH_CUDA_ARCH_LIST=$("$python" -c "import torch; print('{}.{}'.format(*torch.cuda.get_device_capability()))")
+export TORCH_CUDA_ARCH_LIST
 part 20 info.txt "$python" -m mosa_fast.info
+part 90 extension.txt "$python" -c "from mosa_fast.ops import extension; print(extension.operators())"
 part 210 tests.txt "$python" -m pytest tests/gpu -q --durations=10
 part 120 benchmark.txt "$python" -m benchmarks.adapter --widths 768 384 1024 1280 --tokens 25216 1576 201728 \
     --repeats 10 --csv "$out/adapter.csv"

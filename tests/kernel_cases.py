@@ -1,4 +1,4 @@
-"""What the kernels are checked on: one set of cases for Triton's interpreter and for a GPU.
+"""What the kernels are checked on: one set of cases for Triton's interpreter, the emulation of CUDA C++, and a GPU.
 
 The oracle is the reference in float64, on exactly the numbers that the kernels get; eager is the reference in the
 kernels' own dtype. Errors are relative RMS, over the output and every gradient.
@@ -6,8 +6,9 @@ kernels' own dtype. Errors are relative RMS, over the output and every gradient.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
@@ -15,7 +16,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from mosa_fast.ops import backend, sparse_adapter
+from mosa_fast.ops import backend, cuda, sparse_adapter
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 EAGER_FACTOR = 2.0  # kernels may be at most this much worse than eager PyTorch in the same dtype
@@ -213,12 +214,16 @@ def compare(ours: dict, eager: dict, oracle: dict, dtype: torch.dtype) -> dict[s
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Fill every output and every buffer of the kernels with NaN first: what is not written shows."""
-    from mosa_fast.kernels import launching
 
     def filled(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.full(shape, float("nan"), dtype=dtype, device=device)
 
-    with mock.patch.object(launching, "empty", filled):
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(cuda, "empty", filled))
+        if importlib.util.find_spec("triton"):
+            from mosa_fast.kernels import launching
+
+            patches.enter_context(mock.patch.object(launching, "empty", filled))
         yield
 
 

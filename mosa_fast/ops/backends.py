@@ -11,6 +11,8 @@ from typing import TypeVar
 
 import torch
 
+from mosa_fast.ops import extension
+
 BACKENDS = ("reference", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "MOSA_FAST_BACKEND"
 LEAST_CAPABILITY = (8, 0)  # Ampere: bfloat16 tensor cores and asynchronous copies
@@ -78,11 +80,19 @@ def resolve_backend(device: torch.device, dtype: torch.dtype) -> str:
     if name == "auto":
         if device.type != "cuda" or dtype == torch.float64:
             return "reference"
-        return next((b for b in ("triton", "cuda") if unavailable_reason(b) is None), "reference")
+        return _automatic()
     reason = unavailable_reason(name) or _unserved(name, device, dtype)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot serve: {reason}")
     return name
+
+
+@_constant
+def _automatic() -> str:
+    """What `auto` picks on a GPU: nothing that would have to be compiled for minutes first."""
+    if unavailable_reason("triton") is None:
+        return "triton"
+    return "cuda" if unavailable_reason("cuda") is None and extension.built() else "reference"
 
 
 @_constant
@@ -96,13 +106,18 @@ def _unavailable_reason(name: str) -> str | None:
     if name == "reference":
         return None
     if name == "cuda":
-        return "the CUDA C++ extension is not built into this version"
+        return extension.unavailable_reason() or _unfit_device(emulated(), "")
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if interpreted():
+    return _unfit_device(interpreted(), ", and TRITON_INTERPRET=1 is not set")
+
+
+def _unfit_device(on_cpu: bool, otherwise: str) -> str | None:
+    """Why the devices that are visible do not do for kernels."""
+    if on_cpu:
         return None
     if not torch.cuda.is_available():
-        return "no GPU is visible, and TRITON_INTERPRET=1 is not set"
+        return f"no GPU is visible{otherwise}"
     if torch.version.hip is None:
         capability = torch.cuda.get_device_capability()
         if capability < LEAST_CAPABILITY:
@@ -116,13 +131,19 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@_constant
+def emulated() -> bool:
+    """Whether the CUDA C++ kernels are emulated on the CPU instead of being compiled for a GPU: slow, for tests."""
+    return extension.emulated()
+
+
 def _unserved(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why an available backend does not take tensors of this device and dtype."""
     if name == "reference":
         return None
     if dtype == torch.float64:
         return "float64 is for the reference backend"
-    if device.type != "cuda" and not (name == "triton" and interpreted()):
+    if device.type != "cuda" and not (interpreted() if name == "triton" else emulated()):
         return f"it takes tensors on a GPU, these are on {device}"
     return None
 

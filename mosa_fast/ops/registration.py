@@ -189,6 +189,10 @@ def _kernels(backend: str) -> Any:
         from mosa_fast.kernels import sparse_adapter
 
         return sparse_adapter
+    if backend == "cuda":
+        from mosa_fast.ops import cuda
+
+        return cuda
     raise RuntimeError(f"backend {backend!r} has no sparse_adapter kernels")
 
 

@@ -39,7 +39,9 @@ def test_a_backend_that_cannot_serve_says_why(monkeypatch):
         RuntimeError, match="backend 'triton' cannot serve: (no GPU is visible|triton is not installed)"
     ):
         backends.set_backend("triton")
-    with pytest.raises(RuntimeError, match="backend 'cuda' cannot serve: the CUDA C.. extension is not built"):
+    with pytest.raises(
+        RuntimeError, match="backend 'cuda' cannot serve: (the CUDA C.. extension is|no GPU is|this torch is built)"
+    ):
         backends.set_backend("cuda")
     assert backends.get_backend() == "auto"
 
