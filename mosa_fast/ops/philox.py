@@ -33,9 +33,9 @@ def philox(key: Tensor, counter: Lanes) -> Lanes:
         # The product of two 32-bit words wraps in int64, but its 64 bits are the right ones.
         product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0, c1, c2, c3 = (
-            ((product1 >> 32) & MASK) ^ c1 ^ k0,
+            ((product1 >> 32) ^ c1 ^ k0) & MASK,
             product1 & MASK,
-            ((product0 >> 32) & MASK) ^ c3 ^ k1,
+            ((product0 >> 32) ^ c3 ^ k1) & MASK,
             product0 & MASK,
         )
         k0, k1 = (k0 + KEY_INCREMENTS[0]) & MASK, (k1 + KEY_INCREMENTS[1]) & MASK

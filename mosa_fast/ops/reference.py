@@ -63,21 +63,19 @@ def sparse_adapter(
             normed = F.layer_norm(normed, (width,), norm_weight.to(sum_dtype), norm_bias.to(sum_dtype), eps)
 
         down = expert_weight(down_weight, down_init, down_owner, experts[:, 0], down_bias.shape[0])
-        hidden = project(normed.to(product_dtype), down.to(product_dtype)).to(sum_dtype)
-        hidden = hidden + expert_bias(down_bias, down_owner, experts[:, 0]).to(sum_dtype)
-        hidden = ACTIVATIONS[activation](hidden)
+        bias = expert_bias(down_bias, down_owner, experts[:, 0])
+        hidden = ACTIVATIONS[activation](project(normed.to(product_dtype), down.to(product_dtype), bias.to(sum_dtype)))
         if dropout > 0:
             keep = dropout_keep(seed, dropout, groups, samples, tokens, hidden.shape[-1])
             hidden = hidden * keep.flatten(1, 2) / (1 - dropout)
 
         up = expert_weight(up_weight, None, up_owner, experts[:, 1], up_bias.shape[0])
-        update = project(hidden.to(product_dtype), up.to(product_dtype)).to(sum_dtype)
-        update = update + expert_bias(up_bias, up_owner, experts[:, 1]).to(sum_dtype)
-        out = update * scale
+        bias = expert_bias(up_bias, up_owner, experts[:, 1])
+        out = project(hidden.to(product_dtype), up.to(product_dtype), bias.to(sum_dtype)) * scale
         if add_input:
-            out = out + streams
+            out += streams
         if skip is not None:
-            out = out + skip.reshape(streams.shape)
+            out += skip.reshape(streams.shape)
         out_dtype = x.dtype if skip is None else torch.promote_types(x.dtype, skip.dtype)
         return out.expand(groups, -1, -1).reshape(groups * samples, *x.shape[1:]).to(out_dtype)
 
@@ -112,11 +110,19 @@ def expert_bias(bias: Tensor, owner: Tensor | None, ids: Tensor) -> Tensor:
     return (ownership(rows, ids, bias.shape[0], bias.dtype) @ bias).unsqueeze(1)
 
 
-def project(x: Tensor, weight: Tensor) -> Tensor:
-    """`[G, M, in]` times `[V, out, in]`, where either of G and V may be 1, to `[max(G, V), M, out]`."""
+def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`[G, M, in]` times `[V, out, in]` plus `[V, 1, out]`, in the bias's dtype.
+
+    Either of G and V may be 1; the result is `[max(G, V), M, out]`. Products come in their own dtype; where it is not
+    the bias's, the bias is added after them, to spare it the rounding.
+    """
+    together = x.dtype == bias.dtype  # one pass over the result instead of two
     if weight.shape[0] == 1:
-        return F.linear(x, weight[0])
-    if x.shape[0] == 1:
+        out = F.linear(x, weight[0], bias[0, 0] if together else None)
+    elif x.shape[0] == 1:
         # One product for all groups, so that x is read once.
-        return F.linear(x[0], weight.flatten(0, 1)).unflatten(-1, weight.shape[:2]).transpose(0, 1)
-    return torch.bmm(x, weight.mT)
+        rows = F.linear(x[0], weight.flatten(0, 1), bias.flatten() if together else None)
+        out = rows.unflatten(-1, weight.shape[:2]).transpose(0, 1)
+    else:
+        out = torch.baddbmm(bias, x, weight.mT) if together else torch.bmm(x, weight.mT)
+    return out if together else out.to(bias.dtype) + bias
