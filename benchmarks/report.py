@@ -84,7 +84,7 @@ def table(spec: tuple[Any, ...], rows: list[Row]) -> str:
             continue
         faster = f"{by_name[PAPER]['ms'] / row['ms']:.2f}" if PAPER in by_name else ""
         cells = [row["contender"], f"{row['ms']:.2f} ({row['low']:.2f} to {row['high']:.2f})"]
-        cells += [f"{row['images_per_s']:,.0f}", faster]
+        cells += [f"{row['images_per_s']:,.{0 if row['images_per_s'] >= 100 else 1}f}", faster]
         cells += [_number(memory(row), "{:,.0f}")] if training else []
         if case == "step":
             time, space = tax.get(row["contender"], (None, None))

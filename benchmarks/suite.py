@@ -131,12 +131,11 @@ def _add_measurements(
         wrong = f"{type(error).__name__}: {error}"
     if wrong is not None:
         return {contender.name: f"wrong: {wrong}"}
-    images = spec.images * (1 if spec.case == "evaluation" else VIEWS)
     row |= {
         "ms": round(timing.median, 4),
         "low": round(timing.low, 4),
         "high": round(timing.high, 4),
-        "images_per_s": round(images / timing.median * 1e3, 1),
+        "images_per_s": round(spec.images / timing.median * 1e3, 2),
         "saved_mib": None if spec.case == "evaluation" or contender.compiled else round(saved(contender), 2),
         "peak_mib": round(peak_memory(contender.run, device), 1) if device.type == "cuda" else None,
         "state_mib": None if contender.state_bytes is None else round(contender.state_bytes / MIB, 2),

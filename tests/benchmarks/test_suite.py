@@ -142,7 +142,7 @@ def test_taxes():
         "ours, reference, two views": (0.1, 0.05),
     }
     text = report.summary(results(*rows))
-    assert "| paper | 220.00 (220.00 to 220.00) | 1 | 1.00 | 90 |  | +100.0% | +50.0% |" in text
+    assert "| paper | 220.00 (220.00 to 220.00) | 1.0 | 1.00 | 90 |  | +100.0% | +50.0% |" in text
 
 
 def test_the_report_is_written(tmp_path, command):
