@@ -130,7 +130,9 @@ def plot_bars(results: dict[str, Any], path: Path) -> None:
         colors = ["tab:orange" if name.startswith("ours") else "tab:gray" for name in rows]
         axis.barh(list(rows), medians, xerr=spread, color=colors, capsize=3)
         axis.invert_yaxis()
-        axis.set(xlabel="ms", title=f"{TITLES.get(spec[0], spec[0])}: {spec[2]} x {spec[3]} tokens, {spec[4]}")
+        axis.set(
+            xlabel="ms", title=f"{TITLES.get(spec[0], spec[0])}: {spec[1]}, {spec[2]} x {spec[3]} tokens, {spec[4]}"
+        )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -148,18 +150,14 @@ def plot_roofline(results: dict[str, Any], path: Path) -> None:
             ridge = peak * 1e3 / machine["copy_gb_per_s"]
             roof = [machine["copy_gb_per_s"] * intensities[0] / 1e3, peak, peak]
             axis.plot([intensities[0], ridge, intensities[1]], roof, label=f"measured copy and {precision} product")
+    points: dict[str, list[tuple[float, float]]] = {}
     for spec, rows in groups(results).items():
-        if spec[0] != "operator":
-            continue
-        for name, row in timed(rows).items():
-            if name == SHARED:
-                continue
-            operations, nbytes = operator_work(row, width(spec[1]))
-            mark = "*" if name.startswith("ours") else "o"
-            axis.plot(operations / nbytes, operations / row["ms"] / 1e9, mark, color="black", alpha=0.5)
-            axis.annotate(
-                f"{name} {spec[2]}x{spec[3]}", (operations / nbytes, operations / row["ms"] / 1e9), fontsize=5
-            )
+        for name, row in timed(rows).items() if spec[0] == "operator" else ():
+            if name != SHARED:
+                operations, nbytes = operator_work(row, width(spec[1]))
+                points.setdefault(name, []).append((operations / nbytes, operations / row["ms"] / 1e9))
+    for name, reached in points.items():
+        axis.plot(*zip(*reached, strict=True), "*" if name.startswith("ours") else ".", alpha=0.7, label=name)
     axis.set(xscale="log", yscale="log", xlabel="operations per planned byte", ylabel="TFLOP/s", title="the operator")
     axis.legend()
     figure.savefig(path, dpi=110)
@@ -173,8 +171,8 @@ def plot_scaling(results: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     specs = {spec: timed(rows) for spec, rows in groups(results).items() if spec[0] == "operator"}
     for axis, field, label in zip(axes, (2, 3), ("images", "tokens of an image"), strict=True):
-        _plot_scaling_over(axis, specs, field)
         axis.set(xlabel=label, xscale="log", yscale="log")
+        _plot_scaling_over(axis, specs, field)
     axes[0].set_ylabel("ns a token")
     axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=110)
@@ -191,6 +189,8 @@ def _plot_scaling_over(axis: Axes, specs: dict[tuple[Any, ...], dict[str, Row]],
         points = sorted((spec[field], specs[spec][name]) for spec in family if name in specs[spec])
         if len(points) > 1:
             places = [place for place, _ in points]
+            axis.set_xticks(places, [str(place) for place in places])
+            axis.set_xticks([], minor=True)
             axis.plot(
                 places, [1e6 * row["ms"] / (row["images"] * row["tokens"]) for _, row in points], "o-", label=name
             )
