@@ -53,7 +53,6 @@ def _quick_specs() -> tuple[Spec, ...]:
     tiny = "vit_tiny_patch16_224"
     return (
         Spec("step", "vit_base_patch16_224", 1, "fp32", repeats=5),
-        Spec("step", tiny, 4, "fp32", repeats=7),
         Spec("operator", tiny, 8, "fp32", compiled=True, repeats=10),
         Spec("block", tiny, 4, "fp32", repeats=10),
         Spec("evaluation", tiny, 4, "fp32", repeats=5),
