@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks import models
 from benchmarks.models import VIEWS, Batch, Learner, Level
-from mosa_fast.backbones.vision_transformer import AdaptedVisionTransformer
+from mosa_fast.adapters.vision_transformer import AdaptedVisionTransformer
 from mosa_fast.config import LossConfig, MoSAConfig
 from mosa_fast.ops.backends import BACKENDS, unavailable_reason
 from mosa_fast.training.losses import mosa_loss

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from mosa_fast.backbones.adapt import adapt
-from mosa_fast.backbones.vision_transformer import AdaptedBlock, AdaptedVisionTransformer
+from mosa_fast.adapters.model import adapt
+from mosa_fast.adapters.vision_transformer import AdaptedBlock, AdaptedVisionTransformer
 from mosa_fast.config import MoSAConfig
 from mosa_fast.nn import SparseAdapter
 from mosa_fast.nn.projection import SparseProjection

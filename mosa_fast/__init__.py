@@ -9,8 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mosa_fast.backbones.adapt import adapt, merge
-    from mosa_fast.backbones.adapter_file import load_adapter, save_adapter
+    from mosa_fast.adapters.adapter_file import load_adapter, save_adapter
+    from mosa_fast.adapters.fold import merge
+    from mosa_fast.adapters.model import adapt
     from mosa_fast.config import MoSAConfig
     from mosa_fast.nn.sparse_adapter import SparseAdapter
     from mosa_fast.ops.backends import backend, set_backend
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "adapt": "mosa_fast.backbones.adapt",
-    "merge": "mosa_fast.backbones.adapt",
-    "load_adapter": "mosa_fast.backbones.adapter_file",
-    "save_adapter": "mosa_fast.backbones.adapter_file",
+    "adapt": "mosa_fast.adapters.model",
+    "merge": "mosa_fast.adapters.fold",
+    "load_adapter": "mosa_fast.adapters.adapter_file",
+    "save_adapter": "mosa_fast.adapters.adapter_file",
     "MoSAConfig": "mosa_fast.config",
     "SparseAdapter": "mosa_fast.nn.sparse_adapter",
     "backend": "mosa_fast.ops.backends",

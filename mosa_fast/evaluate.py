@@ -57,7 +57,7 @@ def load_run_model(run: Path, config: TrainConfig, classes: list[str]) -> Any:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from mosa_fast.backbones.adapter_file import load_adapter, load_trained_state
+    from mosa_fast.adapters.adapter_file import load_adapter, load_trained_state
     from mosa_fast.training.model import build_model
     from mosa_fast.training.precision import store_frozen
 

@@ -11,8 +11,8 @@ from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import nn
 
 from mosa_fast.backbones import embedded
-from mosa_fast.backbones.adapt import classifiers
 from mosa_fast.backbones.checkpoints import load_checkpoint
+from mosa_fast.backbones.heads import classifiers
 from mosa_fast.config import ModelConfig
 
 PUBLISHED_PRIOR = 0.01  # the published head starts at this probability for every class

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mosa_fast.backbones.adapter_file import load_trained_state, trained_state
+from mosa_fast.adapters.adapter_file import load_trained_state, trained_state
 from mosa_fast.files import write_atomically
 
 FORMAT = "mosa_fast.checkpoint.1"

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mosa_fast.backbones.adapter_file import load_trained_state, save_adapter, trained_state
+from mosa_fast.adapters.adapter_file import load_trained_state, save_adapter, trained_state
+from mosa_fast.adapters.vision_transformer import AdaptedVisionTransformer
 from mosa_fast.backbones.create import check_adaptable, input_size
-from mosa_fast.backbones.vision_transformer import AdaptedVisionTransformer
 from mosa_fast.config import LossConfig, TrainConfig
 from mosa_fast.data.loading import StepSampler, batches, evaluation_loader, train_loader
 from mosa_fast.files import write_atomically

@@ -9,9 +9,10 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mosa_fast.backbones.adapt import adapt, adapters, classifiers
+from mosa_fast.adapters.model import adapt, adapters
+from mosa_fast.adapters.vision_transformer import AdaptedVisionTransformer
 from mosa_fast.backbones.create import check_adaptable, create_backbone
-from mosa_fast.backbones.vision_transformer import AdaptedVisionTransformer
+from mosa_fast.backbones.heads import classifiers
 from mosa_fast.config import TrainConfig
 
 

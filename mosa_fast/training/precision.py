@@ -14,7 +14,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mosa_fast.backbones.adapt import classifiers
+from mosa_fast.backbones.heads import classifiers
 from mosa_fast.config import Precision
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16}

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from mosa_fast.backbones.vision_transformer import draws_random_numbers
+from mosa_fast.backbones.frozen import draws_random_numbers
 from mosa_fast.config import LossConfig, Precision
 from mosa_fast.routing import step_seed
 from mosa_fast.training.losses import DEEP_BLOCKS, mosa_loss

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import TypeVar
 
 import torch
-from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from mosa_fast.backbones.vision_transformer import AdaptedBlock, AdaptedVisionTransformer, adapted_class
+from mosa_fast.adapters.vision_transformer import AdaptedBlock, AdaptedVisionTransformer, adapted_class
+from mosa_fast.backbones.heads import classifiers
 from mosa_fast.config import MoSAConfig
 from mosa_fast.nn import SparseAdapter
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 def adapt(model: VisionTransformer, config: MoSAConfig | None = None) -> AdaptedVisionTransformer:
@@ -76,27 +72,8 @@ def adapt(model: VisionTransformer, config: MoSAConfig | None = None) -> Adapted
     return model
 
 
-def merge(model: Model) -> Model:
-    """Replace every mixture by the dense adapter that evaluation uses, in place.
-
-    Raises:
-        ValueError: the model has no adapters.
-    """
-    for adapter in adapters(model):
-        adapter.merge()
-    assert isinstance(model, AdaptedVisionTransformer)
-    model.mosa_config = replace(model.mosa_config, experts=1)
-    return model
-
-
 def adapters(model: nn.Module) -> Iterator[SparseAdapter]:
     """The adapters of an adapted model, from the first block to the last."""
     if not isinstance(model, AdaptedVisionTransformer):
         raise ValueError(f"{type(model).__name__} has no adapters; call adapt(model, config) first")
     return (block.adapter for block in model.blocks if isinstance(block, AdaptedBlock))
-
-
-def classifiers(model: VisionTransformer | SwinTransformer) -> tuple[nn.Module, ...]:
-    """The classification heads of a timm model (a distilled one has two)."""
-    heads = model.get_classifier()
-    return tuple(heads) if isinstance(heads, tuple) else (heads,)

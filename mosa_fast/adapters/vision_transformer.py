@@ -7,11 +7,11 @@ Attention masks, which timm's forward also takes, are not supported.
 from __future__ import annotations
 
 import torch
-from timm.layers import DropPath, PatchDropout
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from mosa_fast.backbones.frozen import draws_random_numbers
 from mosa_fast.config import MoSAConfig
 from mosa_fast.nn import SparseAdapter
 from mosa_fast.routing import Routing, as_seed, draw
@@ -110,22 +110,6 @@ class AdaptedVisionTransformer(VisionTransformer):
             if block_outputs is not None:
                 block_outputs.append(x)
         return self.norm(x)
-
-
-def draws_random_numbers(module: nn.Module) -> bool:
-    """Whether a module draws from torch's random state in its forward pass (adapters do not: they take a seed)."""
-    for m in module.modules():
-        if isinstance(m, nn.Dropout):
-            rate = m.p
-        elif isinstance(m, DropPath):
-            rate = m.drop_prob or 0.0
-        elif isinstance(m, PatchDropout):
-            rate = m.prob
-        else:
-            continue
-        if m.training and rate > 0:
-            return True
-    return False
 
 
 _adapted_classes: dict[type, type] = {VisionTransformer: AdaptedVisionTransformer}

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mosa_fast.backbones.adapt import adapt, adapters, classifiers
-from mosa_fast.backbones.vision_transformer import AdaptedVisionTransformer
+from mosa_fast.adapters.model import adapt, adapters
+from mosa_fast.adapters.vision_transformer import AdaptedVisionTransformer
+from mosa_fast.backbones.heads import classifiers
 from mosa_fast.config import MoSAConfig
 from mosa_fast.files import write_atomically
 from mosa_fast.nn import SparseProjection

@@ -4,7 +4,7 @@ from safetensors.torch import load_file, save_file
 from tiny_vit import make_tiny_vit
 
 import mosa_fast as mosa
-from mosa_fast.backbones.adapter_file import FORMAT
+from mosa_fast.adapters.adapter_file import FORMAT
 
 
 def make_trained(**config):

@@ -7,7 +7,7 @@ from oracle import OracleViT
 from tiny_vit import make_tiny_vit
 
 import mosa_fast as mosa
-from mosa_fast.backbones.adapt import adapters
+from mosa_fast.adapters.model import adapters
 from mosa_fast.routing import draw, step_seed
 from mosa_fast.training.optim import make_optimizer
 

@@ -1,0 +1,1 @@
+"""Putting adapters into timm models, and taking them out."""

@@ -1,0 +1,26 @@
+"""Turning mixtures into dense adapters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TypeVar
+
+from torch import nn
+
+from mosa_fast.adapters.model import adapters
+from mosa_fast.adapters.vision_transformer import AdaptedVisionTransformer
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def merge(model: Model) -> Model:
+    """Replace every mixture by the dense adapter that evaluation uses, in place.
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
+    for adapter in adapters(model):
+        adapter.merge()
+    assert isinstance(model, AdaptedVisionTransformer)
+    model.mosa_config = replace(model.mosa_config, experts=1)
+    return model
