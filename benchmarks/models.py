@@ -182,7 +182,7 @@ class DenseAdapter(nn.Module):
 
 
 def _bottleneck(adapter: CopiedAdapter | DenseAdapter, h: Tensor, up: nn.Module) -> Tensor:
-    hidden = F.gelu(adapter.down(adapter.norm(h)))
+    hidden = F.gelu(adapter.down(adapter.norm(h)))  # type: ignore[misc]  # it has one here
     return adapter.scale * up(F.dropout(hidden, adapter.dropout, adapter.training))
 
 

@@ -11,7 +11,8 @@ MAX_EXPERTS = 255  # ids are uint8
 Share = Literal["down", "up", "none"]
 BiasMode = Literal["per_expert", "split"]
 MergeRule = Literal["mean", "joint"]
-Placement = Literal["adaptformer"]
+Placement = Literal["adaptformer", "pfeiffer", "houlsby"]
+Activation = Literal["auto", "gelu", "relu", "silu"]
 Precision = Literal["fp32", "bf16-mixed", "fp16-mixed", "bf16-true"]
 
 
@@ -30,11 +31,14 @@ class MoSAConfig:
     share: Share = "down"
     """The projection that is NOT split: down (dense down, split up), up, or none (both split)."""
     placement: Placement = "adaptformer"
-    """Where adapters sit. adaptformer: parallel to the MLP."""
+    """Where adapters sit. adaptformer: parallel to the MLP; pfeiffer: on the MLP's output; houlsby: on the residual
+    stream, after the attention and after the MLP."""
+    activation: Activation = "auto"
+    """Of the bottleneck; auto: the placement's (adaptformer gelu, pfeiffer relu, houlsby silu). gelu is exact."""
     scale: float | Literal["auto", "trainable"] = "auto"
-    """Factor on the adapter's output; auto: the placement's (adaptformer 0.1); trainable: learned, from 1.0."""
+    """Factor on an adapter's output; auto: the placement's (adaptformer 0.1, others 1); trainable: learned, from 1.0."""
     dropout: float | Literal["auto"] = "auto"
-    """Probability of dropping a hidden activation; auto: the placement's (adaptformer 0.1)."""
+    """Probability of dropping a hidden activation; auto: the placement's (adaptformer 0.1, others 0)."""
     bias: BiasMode = "per_expert"
     """per_expert: every expert has its own bias vector; split: the elements of one vector have owners."""
     merge: MergeRule = "mean"
@@ -46,7 +50,13 @@ class MoSAConfig:
         if self.bottleneck < 1:
             raise ValueError(f"bottleneck must be at least 1, got {self.bottleneck}")
         check_experts(self.experts)
-        for name, choices in (("share", Share), ("bias", BiasMode), ("merge", MergeRule), ("placement", Placement)):
+        for name, choices in (
+            ("share", Share),
+            ("bias", BiasMode),
+            ("merge", MergeRule),
+            ("placement", Placement),
+            ("activation", Activation),
+        ):
             check_choice(name, getattr(self, name), get_args(choices))
         if isinstance(self.scale, str):
             check_choice("scale", self.scale, ("auto", "trainable"))
