@@ -36,7 +36,7 @@ class MoSAConfig:
     activation: Activation = "auto"
     """Of the bottleneck; auto: the placement's (adaptformer gelu, pfeiffer relu, houlsby silu). gelu is exact."""
     scale: float | Literal["auto", "trainable"] = "auto"
-    """Factor on an adapter's output; auto: the placement's (adaptformer 0.1, others 1); trainable: learned, from 1.0."""
+    """Factor on an adapter's output; auto: the placement's (adaptformer 0.1, others 1); trainable: learned from 1.0."""
     dropout: float | Literal["auto"] = "auto"
     """Probability of dropping a hidden activation; auto: the placement's (adaptformer 0.1, others 0)."""
     bias: BiasMode = "per_expert"

@@ -68,7 +68,6 @@ _ALL = {
         "vit_base_patch16_sapiens2",
         **{**_VIT, "embed_dim": 32, "num_heads": 4},
         num_kv_heads=2,
-        rope_rescale_coords=1.0,  # timm draws a scale in training; this one does not change
         mlp_ratio=2.0,
     ),
     # the others

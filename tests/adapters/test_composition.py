@@ -33,17 +33,18 @@ def adaptable(name):
 # One of every class of blocks, for what is slow; and one with a second head, one with a stem of convolutions.
 SOME = ["vit", "deit_distilled", "hybrid", "eva02", "rope_mixed", "swin", "swin_v2", "hiera", "xcit"]
 FAMILIES = [name for name in TINY if adaptable(name)]
-TAKES_MASKS = [
-    name for name in FAMILIES if name[:6] != "naflex" and "attn_mask" in signature(TINY[name]().forward).parameters
-]
+TAKES_MASKS = [name for name in FAMILIES if "attn_mask" in signature(TINY[name]().forward).parameters]
+TAKES_MASKS = [name for name in TAKES_MASKS if not name.startswith("naflex")]  # it makes one of its valid patches
 
 
 def make_quiet(name):
-    """A plain model that draws no random numbers: by themselves Swin drops paths, and relpos drops in its positions."""
+    """A plain model that draws no random numbers: Swin drops paths by itself, others move positions."""
     model = TINY[name](drop_path_rate=0.0)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+        if hasattr(module, "rescale_coords"):
+            module.rescale_coords, module.aug_active = None, False
     assert not draws_random_numbers(model.train())
     return model.eval()
 
