@@ -80,7 +80,6 @@ class AdaptedBlock(Wrapper):
 
     def _run(self, x: Tensor, routing: BlockRouting | None, args: Any, kwargs: Any) -> Tensor:
         seam, placement = seam_of(self.block), PLACEMENTS[self.placement]
-        assert seam is not None
         h = seam.attention(self.block, x, *args, **kwargs)
         return seam.output(self.block, placement.run(self.block, seam, self.adapters(), h, routing))
 
@@ -151,7 +150,8 @@ class AdaptedModel(Wrapper):
         views = routing.experts.shape[1]
         per_sample = {name for name, value in arguments.items() if carries_samples(name, value)}
         fork = views > 1
-        if fork and (per_sample or not isinstance(images, Tensor) or any(map(parts_samples, others))):
+        counted = any(seam_of(block.block).counts_images for block in blocks)
+        if fork and (counted or per_sample or not isinstance(images, Tensor) or any(map(parts_samples, others))):
             images, fork = _repeated(images, views), False
             arguments |= {name: _repeated(arguments[name], views) for name in per_sample}
         with routed(blocks, routing, fork=fork, block_outputs=block_outputs):
@@ -276,9 +276,7 @@ def adapt(model: nn.Module, config: MoSAConfig | None = None) -> AdaptedModel:
             # Master weights are float32 under a half-precision backbone.
             "dtype": torch.promote_types(norm.weight.dtype, torch.float32),
         }
-        seam = seam_of(block)
-        assert seam is not None
-        made = PLACEMENTS[config.placement].make(config, seam, norm.weight.numel(), **options)
+        made = PLACEMENTS[config.placement].make(config, seam_of(block), norm.weight.numel(), **options)
         parent.register_module(name, AdaptedBlock(block, config.placement, made))
     for module in classifiers(model):
         module.requires_grad_(True)

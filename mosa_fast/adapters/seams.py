@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import timm
 import torch
 from timm.models import (
     beit,
@@ -28,6 +27,8 @@ from timm.models import (
 from timm.models.vision_transformer_sam import window_partition, window_unpartition
 from torch import Tensor, nn
 
+from mosa_fast.backbones.structure import structure_of
+
 
 @dataclass(frozen=True)
 class Seam:
@@ -43,6 +44,7 @@ class Seam:
         finish: (block, m) to the MLP's branch: LayerScale and drop-path, without the residual.
         output: (block, sum) to the block's output: the identity almost everywhere.
         inside: the adaptformer placement sits inside the MLP, reading n and adding to m (docs/method.md, Placements).
+        counts_images: timm's forward counts its images before the blocks, so that views part at the input.
     """
 
     attention: Callable[..., Tensor]
@@ -50,6 +52,7 @@ class Seam:
     finish: Callable[[Any, Tensor], Tensor]
     output: Callable[[Any, Tensor], Tensor] = lambda block, total: total
     inside: bool = False
+    counts_images: bool = False
 
     def mlp(self, block: nn.Module, h: Tensor) -> Tensor:
         """The MLP's branch with LayerScale and drop-path, without its residual."""
@@ -189,7 +192,7 @@ SEAMS: dict[type[nn.Module], Seam] = {
     ),
     cait.LayerScaleBlock: Seam(_cait_attention, _pre_norm, _cait_finish),
     hiera.HieraBlock: Seam(_hiera_attention, _pre_norm, _vit_finish),
-    xcit.XCABlock: Seam(_xcit_attention, _pre_norm, _xcit_finish),
+    xcit.XCABlock: Seam(_xcit_attention, _pre_norm, _xcit_finish, counts_images=True),
 }
 # Blocks that timm has and that cannot be taken apart, with the reason.
 REFUSED = {
@@ -207,9 +210,9 @@ AFTER_BLOCKS = (
 PER_IMAGE = ("patch_coord", "patch_valid")
 
 
-def seam_of(block: nn.Module) -> Seam | None:
-    """The seam of a block of a known class; None: it is something else."""
-    return SEAMS.get(type(block))
+def seam_of(block: nn.Module) -> Seam:
+    """The seam of a block that `find_blocks` found."""
+    return SEAMS[type(block)]
 
 
 def find_blocks(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
@@ -221,7 +224,7 @@ def find_blocks(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     found = False
     for path, parent in model.named_modules():
         children = dict(parent.named_children())
-        known = [name for name, child in children.items() if seam_of(child) is not None]
+        known = [name for name, child in children.items() if type(child) in SEAMS]
         for name, child in children.items():
             if type(child) in REFUSED or (known and name not in known):
                 reason = REFUSED.get(type(child), f"it has no seam; {_known()}")
@@ -245,9 +248,8 @@ def carries_samples(name: str, value: object) -> bool:
 
 def check_adaptable(name: str) -> None:
     """Raise ValueError for a timm model that adapters cannot be put into, before anything of it is downloaded."""
-    with torch.device("meta"):
-        for _ in find_blocks(timm.create_model(name)):
-            pass
+    for _ in find_blocks(structure_of(name)):
+        pass
 
 
 def _known() -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import timm
-import torch
 from torch import nn
+
+from mosa_fast.backbones.structure import structure_of
 
 
 def classifiers(model: nn.Module) -> tuple[nn.Module, ...]:
@@ -26,5 +27,4 @@ def _pools_by_attention(model: Any) -> bool:
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     if not name or not timm.is_model(name):
         return True  # nobody can tell; what it has came with its weights
-    with torch.device("meta"):
-        return getattr(timm.create_model(name), "attn_pool", None) is not None
+    return getattr(structure_of(name), "attn_pool", None) is not None
