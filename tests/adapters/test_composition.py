@@ -10,6 +10,7 @@ import timm
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from timm.layers import DropPath
 from timm.optim import param_groups_layer_decay
 from tiny_models import TINY, image
 from tiny_vit import make_tiny_vit
@@ -37,14 +38,16 @@ TAKES_MASKS = [name for name in FAMILIES if "attn_mask" in signature(TINY[name](
 TAKES_MASKS = [name for name in TAKES_MASKS if not name.startswith("naflex")]  # it makes one of its valid patches
 
 
-def make_quiet(name):
+def make_quiet(name, model=None):
     """A plain model that draws no random numbers: Swin drops paths by itself, others move positions."""
-    model = TINY[name](drop_path_rate=0.0)
+    model = model or TINY[name]()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if hasattr(module, "rescale_coords"):
             module.rescale_coords, module.aug_active = None, False
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
     assert not draws_random_numbers(model.train())
     return model.eval()
 
@@ -99,6 +102,17 @@ def test_a_model_can_be_copied_pickled_and_saved_whole(name):
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), restored):
         assert torch.equal(other(images, views=2, seed=1), expected)
         assert other.mosa_config == model.mosa_config
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_adapter_file_brings_its_head(name, tmp_path):
+    model, images = make(name)
+    mosa.save_adapter(model, tmp_path / "a.safetensors")
+    plain = TINY[name]()
+    plain.reset_classifier(3)
+    plain = make_quiet(name, plain)
+    loaded = mosa.load_adapter(plain, tmp_path / "a.safetensors").train()
+    assert torch.equal(loaded(images, views=2, seed=1), model(images, views=2, seed=1))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
