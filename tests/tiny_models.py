@@ -159,6 +159,7 @@ def _randomise(model: nn.Module, seed: int) -> nn.Module:
 
 def make_tiny(name: str, seed: int = 0, **kwargs) -> nn.Module:
     """The model `name`; kwargs go to timm (drop_path_rate, proj_drop_rate, global_pool, ...)."""
+    torch.manual_seed(seed)  # for what _randomise leaves as it is
     return _randomise(_ALL[name](**{"num_classes": 10, **kwargs}), seed).eval()
 
 
