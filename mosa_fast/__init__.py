@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mosa_fast.adapters.adapter_file import load_adapter, save_adapter
     from mosa_fast.adapters.fold import merge
     from mosa_fast.adapters.model import adapt
+    from mosa_fast.adapters.summary import summary
     from mosa_fast.config import MoSAConfig
     from mosa_fast.nn.sparse_adapter import SparseAdapter
     from mosa_fast.ops.backends import backend, set_backend
@@ -23,6 +24,7 @@ _HOMES = {
     "merge": "mosa_fast.adapters.fold",
     "load_adapter": "mosa_fast.adapters.adapter_file",
     "save_adapter": "mosa_fast.adapters.adapter_file",
+    "summary": "mosa_fast.adapters.summary",
     "MoSAConfig": "mosa_fast.config",
     "SparseAdapter": "mosa_fast.nn.sparse_adapter",
     "backend": "mosa_fast.ops.backends",
@@ -37,6 +39,7 @@ __all__ = [
     "merge",
     "save_adapter",
     "set_backend",
+    "summary",
 ]
 
 

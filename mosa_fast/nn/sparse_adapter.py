@@ -202,7 +202,7 @@ class SparseAdapter(nn.Module):
     def merged_parameters(self) -> int:
         """Number of trained values that remain after merging: weights, one bias vector each, norm, trained scale."""
         trained_scale = self.scale.numel() if isinstance(self.scale, nn.Parameter) else 0
-        projections = sum(p.weight.numel() + p.weight.shape[0] for p in (self.down, self.up))
+        projections = self.down.merged_parameters + self.up.merged_parameters
         norm = 0 if self.norm is None else sum(parameter.numel() for parameter in self.norm.parameters())
         return projections + norm + trained_scale
 
