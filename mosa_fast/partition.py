@@ -1,4 +1,4 @@
-"""Owner maps: which expert owns which weight (METHOD: Owner maps; paper, section 3.2)."""
+"""Owner maps: which expert owns which weight (docs/method.md, Owner maps; paper, section 3.2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draws of experts and dropout seeds, as tensors made outside the layers (METHOD: Routing).
+"""Draws of experts and dropout seeds, as tensors made outside the layers (docs/method.md, Routing).
 
 One 64-bit seed decides everything random about a training pass through the adapters. It is a function of the run's
 seed and the step, so every rank draws the same experts, a resumed run goes on with the same draws, gradient
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mosa_fast.ops.philox import philox
 
-# The first word of the counter tells apart what a number is for.
+# First words of the counter, one for each purpose, so that no two purposes draw the same numbers.
 _EXPERTS, _DROPOUT, _STEP = 1, 2, 3
 
 
@@ -80,7 +80,7 @@ def draw(seed: Tensor, layers: int, views: int, experts: int) -> Routing:
     zero = torch.zeros_like(layer)
     view = torch.arange(views, device=device)
     words = philox(key, (zero[:, None] + _EXPERTS, layer[:, None], view, zero[:, None]))
-    # 2^32 is not a multiple of every E: the excess of the smallest ids is below 255 / 2^32.
+    # Where E does not divide 2^32, the smallest ids come a little more often: by less than one in 2^32 draws.
     drawn = torch.stack(words[:2], dim=-1) % experts
     keys = _key64(philox(key, (zero + _DROPOUT, layer, zero, zero)))
     return Routing(drawn.to(torch.int32), torch.stack([keys, first_sample.expand(layers)], dim=-1))

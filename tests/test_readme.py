@@ -27,9 +27,3 @@ def test_the_code_example_runs(tmp_path, monkeypatch):
     assert scope["logits"].shape == (8, 200)
     assert isinstance(scope["y"], torch.Tensor)
     assert (tmp_path / "cub.safetensors").is_file()
-
-
-def test_linked_files_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README.read_text()):
-        if not target.startswith("http"):
-            assert (README.parent / target).is_file(), target

@@ -60,7 +60,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> AdaptedModel:
             raise ValueError(f"{path} was saved with {config}, but the model has {model.mosa_config}")
         load_trained_state(model, tensors, str(path))
         return model
-    # Tried on a copy without data first: a file that does not fit leaves the model as it was.
+    # Checked on a copy without data first, so that a file that does not fit leaves the model as it was.
     check_trained_state(_prepare(_on_meta(model), config, tensors), tensors, str(path))
     adapted = _prepare(model, config, tensors)
     load_trained_state(adapted, tensors, str(path))

@@ -69,7 +69,7 @@ class AdaptedBlock(Wrapper):
         if routing is not None and routing.fork and draws_random_numbers(self.block):
             x, routing = repeat_batch(x, routing.experts.shape[1]), routing._replace(fork=False)
         if self.grad_checkpointing and self.training:
-            # Saving torch's random state waits for the GPU: only where the frozen block draws from it.
+            # To save torch's random state, the host waits for the GPU: done only where the frozen block draws from it.
             draws = draws_random_numbers(self.block)
             out = checkpoint(self._run, x, routing, args, kwargs, use_reentrant=False, preserve_rng_state=draws)
         else:
@@ -334,9 +334,9 @@ def _checkpoints(module: nn.Module) -> bool:
 def _prefix_patterns(patterns: Any) -> Any:
     """Regular expressions, alone or in pairs and lists, for names that begin with the backbone's."""
     if isinstance(patterns, str):
-        # timm matches from the start of a name, so that its anchors may go.
+        # timm matches from the start of a name: without `^` the patterns mean the same, and can follow the prefix.
         unanchored = re.sub(r"(^|[|(])\^", r"\1", patterns)
         return rf"^{AdaptedModel.CHILD}\.(?:{unanchored})"
     if isinstance(patterns, (list, tuple)):
         return type(patterns)(_prefix_patterns(item) for item in patterns)
-    return patterns  # what timm puts in a group's place
+    return patterns  # None, or numbers by which timm sorts a group: they name no parameter

@@ -44,7 +44,8 @@ class Seam:
         finish: (block, m) to the MLP's branch: LayerScale and drop-path, without the residual.
         output: (block, sum) to the block's output: the identity almost everywhere.
         inside: the adaptformer placement sits inside the MLP, reading n and adding to m (docs/method.md, Placements).
-        counts_images: timm's forward counts its images before the blocks, so that views part at the input.
+        counts_images: timm's forward reads the number of images before the blocks and uses it after them, so that a
+            block must not make more of them: several views are repeated at the input.
     """
 
     attention: Callable[..., Tensor]
@@ -118,7 +119,7 @@ def _swin_v2_cr_attention(block: Any, x: Tensor) -> Tensor:
 
 
 def _swin_v2_cr_output(block: Any, total: Tensor) -> Tensor:
-    return block.norm3(total)  # the identity but at the end of some stages
+    return block.norm3(total)  # a norm at the end of some stages, else the identity
 
 
 # Segment Anything's encoder: tokens are [B, H, W, C], and drop-path draws for every window
@@ -201,7 +202,7 @@ REFUSED = {
     for name in ("ParallelScalingBlock", "DiffParallelScalingBlock")
     if hasattr(vision_transformer, name)  # the second is younger than the oldest timm
 }
-# Parts of a timm model that run after its blocks: what they draw at random does not part the views.
+# Parts of a timm model that run after its blocks, when the views are separate already: they may draw random numbers.
 AFTER_BLOCKS = (
     *("norm", "neck", "fc_norm", "attn_pool", "head", "head_drop", "head_dist"),
     *("blocks_token_only", "cls_attn_blocks"),  # CaiT's and XCiT's blocks of the class token

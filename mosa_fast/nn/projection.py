@@ -13,7 +13,7 @@ from mosa_fast.partition import check_owner_map, owner_map
 
 
 class SparseProjection(nn.Module):
-    """One weight, the map of who owns its elements, and W0 where that is not zero (METHOD: The compact form).
+    """One weight, the map of who owns its elements, and W0 where that is not zero (docs/method.md, The compact form).
 
     Args:
         in_features, out_features: widths.
@@ -77,7 +77,7 @@ class SparseProjection(nn.Module):
 
     @torch.no_grad()
     def merge(self, rule: MergeRule) -> None:
-        """Become the dense projection that the experts amount to, in place (METHOD: Merge)."""
+        """Become the dense projection that the experts amount to, in place (docs/method.md, Merge)."""
         if self.owner is None:
             return
         bias = self.bias_rows().mean(0, keepdim=True)

@@ -14,7 +14,7 @@ from mosa_fast.ops import sparse_adapter
 from mosa_fast.ops.reference import MERGED
 from mosa_fast.routing import as_seed, draw
 
-SCALE = DROPOUT = 0.1  # AdaptFormer's: by itself the layer is an adapter parallel to a branch
+SCALE = DROPOUT = 0.1  # AdaptFormer's, since a layer that stands alone is an adapter beside a branch
 
 
 class SparseAdapter(nn.Module):
