@@ -75,8 +75,9 @@ def commands(text):
 
 def options_of(module, command):
     """The options that a command line takes, by its own help."""
-    main = f"{module}.__main__" if importlib.util.find_spec(f"{module}.__main__") else module
-    code, out, _ = command(importlib.import_module(main).main, "--help")
+    is_package = importlib.util.find_spec(module).submodule_search_locations is not None
+    program = importlib.import_module(f"{module}.__main__" if is_package else module)
+    code, out, _ = command(program.main, "--help")
     assert code == 0
     return set(OPTION.findall(out))
 
@@ -125,7 +126,5 @@ def test_mistakes_would_be_seen(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# A `head`-ing, of two\n[a](#a-head-ing-of-two) [b](page.md) [c](page.md#no) [d](none.md)")
     assert wrong_links(page, page.read_text()) == ["page.md#no", "none.md"]
-    text = (
-        "`python -m mosa_fast.none --a 1`\n```bash\ntorchrun --x 2 \\\n  -m mosa_fast.train --optim.lr 1  # --no\n```\n"
-    )
+    text = "`python -m mosa_fast.none --a`\n```bash\ntorchrun --x 2 \\\n -m mosa_fast.train --optim.lr 1  # --no\n```\n"
     assert sorted(commands(text)) == [("mosa_fast.none", ["a"]), ("mosa_fast.train", ["optim.lr"])]
