@@ -63,11 +63,11 @@ def fold(model: AdaptedModel, create_kwargs: Mapping[str, Any] | None = None) ->
     }
     kwargs, structure = _wider(plain, dict(create_kwargs or getattr(plain, "_model_args", {})), blocks, needed)
     for name in blocks:
-        adapted, wider = plain.get_submodule(name), structure.get_submodule(name)
-        plain.set_submodule(name, _folded_block(adapted, wider.mlp.fc1.out_features))
-    for name, wider in structure.named_modules():  # timm widens other MLPs as well, as that of attention pooling
-        if type(wider) is Mlp and wider.fc1.out_features > plain.get_submodule(name).fc1.out_features:
-            _widen(plain.get_submodule(name), wider.fc1.out_features)
+        plain.set_submodule(name, _folded_block(plain.get_submodule(name)))
+    wider_modules: dict[str, Any] = dict(structure.named_modules())
+    for name, mlp in plain.named_modules():  # timm widens other MLPs as well, as that of attention pooling
+        if type(mlp) is Mlp and type(wider_modules.get(name)) is Mlp:
+            _widen(mlp, wider_modules[name].fc1.out_features)
     shapes = [{name: tensor.shape for name, tensor in m.state_dict().items()} for m in (plain, structure)]
     if shapes[0] != shapes[1]:
         odd = next(name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
@@ -123,8 +123,8 @@ def _wider(
 
 
 @torch.no_grad()
-def _folded_block(adapted: Any, hidden: int) -> nn.Module:
-    """The timm block of a copied AdaptedBlock, its MLP widened to so many hidden channels; unused ones are zero."""
+def _folded_block(adapted: Any) -> nn.Module:
+    """The timm block of a copied AdaptedBlock, with the adapter in its MLP."""
     seam, block = seam_of(adapted.block), adapted.block
     mlp: Any = block.mlp
     norm: Any = block.norm2
@@ -149,7 +149,6 @@ def _folded_block(adapted: Any, hidden: int) -> nn.Module:
     up, up_bias = scale * adapter.up.weight.double(), scale * adapter.up.bias[0].double()
     mlp.fc1 = _linear(mlp.fc1, torch.cat([weight1, down]), torch.cat([bias1, down_bias]))
     mlp.fc2 = _linear(mlp.fc2, torch.cat([weight2, up], dim=1), bias2 + up_bias)
-    _widen(mlp, hidden)
     return block
 
 
