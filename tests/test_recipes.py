@@ -60,7 +60,7 @@ def test_every_recipe_parses_and_says_what_data_it_wants(recipe):
         load_data(config.data, 224, config.seed)
 
 
-# RECIPES, table of training recipes: lr, bottleneck, experts, share, deep_reg, batch
+# docs/data.md, Training recipes: lr, bottleneck, experts, share, deep_reg, batch
 PAPER = {
     "fgvc/cub": (1e-3, 64, 4, "down", False, 128),
     "fgvc/nabirds": (5e-4, 64, 4, "down", False, 128),
@@ -107,7 +107,7 @@ def test_models_of_the_recipes_have_the_papers_size(recipe):
     model = build(config, CLASSES[config.data.task])
     assert model.num_classes == CLASSES[config.data.task]
     counts = count_trained(model)
-    # METHOD: trained weights of the merged adapter, and the backbone's
+    # docs/method.md, Results: trained weights of the merged adapter, and the backbone's
     assert counts["trained_weights"] == {64: 1_208_064, 16: 322_752}[config.adapter.bottleneck]
     assert counts["head_weights"] == 769 * model.num_classes
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)

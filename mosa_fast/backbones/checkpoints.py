@@ -1,4 +1,4 @@
-"""Reading the published files of backbones into timm models (RECIPES: Backbones and their files).
+"""Reading the published files of backbones into timm models (docs/data.md, Backbones and their files).
 
 | file | layout |
 | --- | --- |

@@ -1,9 +1,21 @@
-"""What a frozen backbone still does by itself in training."""
+"""What a frozen backbone still does by itself in training: drawing random numbers, and what it may not do."""
 
 from __future__ import annotations
 
 from timm.layers import DropPath, PatchDropout
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def set_training(model: nn.Module, training: bool) -> None:
+    """Put a model in training or evaluation mode; BatchNorm layers whose weights are frozen stay in evaluation mode.
+
+    They would normalise by the batch and update their statistics: a backbone that learns without being trained.
+    """
+    model.train(training)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
+            module.eval()
 
 
 def draws_random_numbers(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tiny_runs import in_child, tiny_run, wait_for
 
 from mosa_fast.config import LossConfig, OptimConfig
-from mosa_fast.training.checkpoint import last_checkpoint
+from mosa_fast.run_folder import RunFolder
 from mosa_fast.training.loop import train
 from mosa_fast.training.signals import Interrupted
 from mosa_fast.training.step import TrainStep
@@ -87,7 +87,7 @@ def test_a_signal_saves_and_the_run_goes_on_bit_equal(tmp_path, uninterrupted, m
 
     if moment == "step":  # in the middle of the second epoch
         original = TrainStep.advance
-        monkeypatch.setattr(TrainStep, "advance", lambda s: (original(s), s.steps_taken == 4 and send())[0])
+        monkeypatch.setattr(TrainStep, "advance", lambda s: (original(s), s.position.steps == 4 and send())[0])
     else:
         monkeypatch.setattr("mosa_fast.training.loop.evaluation_loader", _signal_first(send))
     with pytest.raises(Interrupted, match="go on with --resume") as caught:
@@ -115,14 +115,14 @@ def stopped_run(out, monkeypatch, **changes):
 
     def advance(step):
         original(step)
-        if step.steps_taken == 4:
+        if step.position.steps == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patched:
         patched.setattr(TrainStep, "advance", advance)
         with pytest.raises(Interrupted):
             train(tiny_run(out, **changes), progress=False)
-    return last_checkpoint(out)
+    return RunFolder(out).checkpoint(4)
 
 
 def test_dropout_of_the_backbone_and_the_loss_scale_are_resumed_too(tmp_path, monkeypatch):
@@ -160,5 +160,5 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(tmp_path, monkeypatch)
 
 def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
     first = train(tiny_run(tmp_path), progress=False)
-    monkeypatch.setattr("mosa_fast.training.loop.Run", None)
+    monkeypatch.setattr("mosa_fast.training.loop.build_model", None)
     assert train(tiny_run(tmp_path), progress=False, resume=True) == first
