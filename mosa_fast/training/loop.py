@@ -100,12 +100,10 @@ def train(config: TrainConfig, *, progress: bool = True, resume: bool = False) -
             optimizer,
             schedule,
             position,
+            ranks,
             seed=config.seed,
-            device=device,
             scale_loss=config.precision == "fp16-mixed",
             accumulate=optim.accumulate,
-            rank=ranks.rank,
-            world=ranks.world,
         )
         take_step = GraphedStep(step) if config.cuda_graphs else step
 
@@ -154,7 +152,7 @@ def train(config: TrainConfig, *, progress: bool = True, resume: bool = False) -
                 for batch in batches(loader):
                     take_step(batch.to(device))
                     if position.steps % config.log_every == 0:
-                        loss, right = step.averages(ranks)
+                        loss, right = step.averages()
                         step.count_bad_steps(config.max_bad_steps)
                         speed = bar.images_per_second()
                         bar.update({"loss": f"{loss:.3f}", "train": f"{right:.1f}%", "images/s": str(speed)})
@@ -167,7 +165,7 @@ def train(config: TrainConfig, *, progress: bool = True, resume: bool = False) -
                         checkpoints.save()
 
                 # Evaluate: validation selects.
-                loss, right = step.averages(ranks)
+                loss, right = step.averages()
                 row: dict[str, Any] = {
                     "epoch": position.epoch,
                     "train_loss": loss,

@@ -58,11 +58,10 @@ class TrainStep:
         optimizer: a fused one (it can leave out an update without the host knowing).
         schedule: of the learning rate, per step.
         position: of the run; a step moves it on.
+        ranks: the processes, and the device where the model is.
         seed: of the run.
         scale_loss: fp16: scale the loss so that small gradients survive.
         accumulate: parts that a batch is worked through in.
-        rank, world: this process among those of the run.
-        device: where the model is.
 
     Attributes:
         step: int64 scalar, the position's steps on the device.
@@ -76,21 +75,20 @@ class TrainStep:
         optimizer: Optimizer,
         schedule: LambdaLR,
         position: Position,
+        ranks: Ranks,
         *,
         seed: int,
-        device: torch.device,
         scale_loss: bool = False,
         accumulate: int = 1,
-        rank: int = 0,
-        world: int = 1,
     ) -> None:
         self.objective, self.optimizer, self.schedule, self.position = objective, optimizer, schedule, position
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.scaler = torch.amp.GradScaler(device.type, enabled=scale_loss)
-        self.seed, self.accumulate, self.rank, self.world, self.device = seed, accumulate, rank, world, device
-        self.step = torch.zeros((), dtype=torch.int64, device=device)
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
-        self.bad = torch.zeros(3, dtype=torch.int64, device=device)
+        self.ranks, self.device = ranks, ranks.device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scale_loss)
+        self.seed, self.accumulate = seed, accumulate
+        self.step = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self.bad = torch.zeros(3, dtype=torch.int64, device=self.device)
         self.backbone_draws = draws_random_numbers(objective)
 
     def __call__(self, batch: Batch) -> None:
@@ -102,16 +100,16 @@ class TrainStep:
     def seed_backbone(self) -> None:
         """Make what a frozen backbone's own dropout and drop-path draw a function of (seed, step, rank)."""
         if self.backbone_draws:
-            torch.manual_seed((self.seed * 1_000_003 + self.position.steps) * self.world + self.rank)
+            torch.manual_seed((self.seed * 1_000_003 + self.position.steps) * self.ranks.world + self.ranks.rank)
 
     def advance(self) -> None:
         """The host's part of a step: it counts, and sets the next learning rate."""
         self.schedule.step()
         self.position.steps += 1
 
-    def averages(self, ranks: Ranks) -> tuple[float, float]:
+    def averages(self) -> tuple[float, float]:
         """Mean loss, and accuracy of the first view in percent, over all processes since `reset_sums`; this waits."""
-        loss, right, seen = ranks.sum(self.sums).tolist()
+        loss, right, seen = self.ranks.sum(self.sums).tolist()
         return loss / max(1.0, seen), 100 * right / max(1.0, seen)
 
     def reset_sums(self) -> None:
@@ -155,7 +153,7 @@ class TrainStep:
             with self.objective.no_sync() if wrapped and part < parts - 1 else nullcontext():  # type: ignore[operator]
                 loss, correct = self.objective(x, y, seed)
                 # Processes average their gradients, so each weighs its part of the batch by the number of them.
-                weight = 0.0 if batch.count == 0 else self.world * len(y) / batch.total
+                weight = 0.0 if batch.count == 0 else self.ranks.world * len(y) / batch.total
                 self.scaler.scale(loss * weight).backward()
             losses.append(loss.detach() * len(y))
             right.append(correct)

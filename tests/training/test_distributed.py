@@ -74,7 +74,7 @@ from mosa_fast.training.step import TrainStep
 advance = TrainStep.advance
 def die(step):
     advance(step)
-    if step.rank == 1 and step.position.steps == 2:
+    if step.ranks.rank == 1 and step.position.steps == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 TrainStep.advance = die
 main(sys.argv[1:])

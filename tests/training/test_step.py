@@ -9,6 +9,7 @@ from torch import nn
 import mosa_fast as mosa
 from mosa_fast.config import LossConfig
 from mosa_fast.data.loading import Batch
+from mosa_fast.training.distributed import Ranks
 from mosa_fast.training.optim import make_optimizer, make_schedule
 from mosa_fast.training.position import Position
 from mosa_fast.training.precision import store_frozen
@@ -39,8 +40,8 @@ def make_step(
         optimizer,
         make_schedule(optimizer, 10, 2),
         Position(images=60, batch_size=6, epochs=1),
+        Ranks(0, 1, torch.device(device)),
         seed=3,
-        device=torch.device(device),
         scale_loss=precision == "fp16-mixed",
         **settings,
     )
