@@ -103,7 +103,7 @@ def check_fields(config: Any, prefix: str = "") -> None:
         elif isinstance(value, hint):  # type: ignore[arg-type]
             check_fields(value, f"{name}.")
         else:
-            raise ValueError(f"{name} must be a {hint.__name__}, got {value!r}")  # type: ignore[union-attr]
+            raise ValueError(f"{name} must be of type {hint.__name__}, got {value!r}")  # type: ignore[union-attr]
 
 
 def check_value(name: str, value: object, hint: Any, facts: Facts) -> None:
