@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import tiny_run
 
+from mosa_fast.adapters.adapter_file import timm_names, trained_state
 from mosa_fast.adapters.model import adapters
 from mosa_fast.backbones.frozen import set_training
 from mosa_fast.config import DataConfig, ModelConfig, MoSAConfig, OptimConfig, TrainConfig
@@ -31,7 +32,9 @@ def trained_names(model):
 def test_a_method_trains_what_its_row_says(tmp_path, method):
     config = tiny_run(tmp_path, method=method)
     model = build_model(config, 10)
-    names, everything = trained_names(model), {name for name, _ in model.named_parameters()}
+    timm_names_of = timm_names(model)
+    names = {timm_names_of[name] for name in trained_names(model)}
+    everything = {timm_names_of[name] for name, _ in model.named_parameters()}
     head = {"head.weight", "head.bias"}
     layers = {name for name in everything if ".adapter." in name}
     assert bool(layers) == (method in ("mosa", "adapter"))
@@ -58,7 +61,7 @@ def test_the_dense_adapter_is_trained_with_one_view_and_read_again(tmp_path, mon
     folder = RunFolder(tmp_path)
     model = load_run_model(folder, tiny_run(tmp_path, method="adapter"), [str(i) for i in range(10)])
     saved = load_file(folder.adapter)
-    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in saved.items())
+    assert all(torch.equal(trained_state(model)[name], tensor) for name, tensor in saved.items())
     accuracy, images = evaluate_run(folder, tiny_run(tmp_path, method="adapter"), [str(i) for i in range(10)], "test")
     assert (accuracy, images) == (summary["test_accuracy"], 800)
 
