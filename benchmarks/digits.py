@@ -74,7 +74,7 @@ def execute(run: Run, root: Path) -> dict[str, Any]:
         config.adapter = replace(config.adapter, experts=1)
         config.loss.views = 1
     elif run.contender != "mosa":
-        config.method = run.contender  # type: ignore[assignment]  # the others carry the method's name
+        config.method = run.contender  # the others carry the method's name
     done = run.folder(root) / "summary.json"
     if done.is_file():
         summary = json.loads(done.read_text())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mosa_fast.adapters.adapter_file import load_adapter, save_adapter
-    from mosa_fast.adapters.fold import merge
+    from mosa_fast.adapters.fold import fold, merge
     from mosa_fast.adapters.model import adapt
     from mosa_fast.adapters.summary import summary
     from mosa_fast.config import MoSAConfig
@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "adapt": "mosa_fast.adapters.model",
+    "fold": "mosa_fast.adapters.fold",
     "merge": "mosa_fast.adapters.fold",
     "load_adapter": "mosa_fast.adapters.adapter_file",
     "save_adapter": "mosa_fast.adapters.adapter_file",
@@ -35,6 +36,7 @@ __all__ = [
     "SparseAdapter",
     "adapt",
     "backend",
+    "fold",
     "load_adapter",
     "merge",
     "save_adapter",

@@ -44,6 +44,7 @@ class Seam:
         finish: (block, m) to the MLP's branch: LayerScale and drop-path, without the residual.
         output: (block, sum) to the block's output: the identity almost everywhere.
         inside: the adaptformer placement sits inside the MLP, reading n and adding to m (docs/method.md, Placements).
+        gamma: where LayerScale's factor of the MLP's branch is in the block, if it has one.
         counts_images: timm's forward reads the number of images before the blocks and uses it after them, so that a
             block must not make more of them: several views are repeated at the input.
     """
@@ -53,11 +54,17 @@ class Seam:
     finish: Callable[[Any, Tensor], Tensor]
     output: Callable[[Any, Tensor], Tensor] = lambda block, total: total
     inside: bool = False
+    gamma: str = "ls2.gamma"
     counts_images: bool = False
 
     def mlp(self, block: nn.Module, h: Tensor) -> Tensor:
         """The MLP's branch with LayerScale and drop-path, without its residual."""
         return self.finish(block, self.inner(block, h)[1])
+
+    @property
+    def norm_after_mlp(self) -> bool:
+        """Whether norm2 normalises what the MLP gives, not what it reads."""
+        return self.inner is _post_norm
 
 
 def _pre_norm(block: Any, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,17 +190,17 @@ SEAMS: dict[type[nn.Module], Seam] = {
     vision_transformer_relpos.RelPosBlock: Seam(_vit_attention, _pre_norm, _vit_finish),
     vision_transformer_relpos.ResPostRelPosBlock: Seam(_post_norm_attention, _post_norm, _drop_path, inside=True),
     vision_transformer_sam.Block: Seam(_sam_attention, _pre_norm, _vit_finish),
-    eva.EvaBlock: Seam(_eva_attention, _pre_norm, _eva_finish),
+    eva.EvaBlock: Seam(_eva_attention, _pre_norm, _eva_finish, gamma="gamma_2"),
     eva.EvaBlockPostNorm: Seam(_post_norm_attention, _post_norm, _drop_path, inside=True),
-    beit.Block: Seam(_eva_attention, _pre_norm, _eva_finish),
+    beit.Block: Seam(_eva_attention, _pre_norm, _eva_finish, gamma="gamma_2"),
     swin_transformer.SwinTransformerBlock: Seam(_swin_attention, _pre_norm, _drop_path, inside=True),
     swin_transformer_v2.SwinTransformerV2Block: Seam(_swin_v2_attention, _post_norm, _drop_path, inside=True),
     swin_transformer_v2_cr.SwinTransformerV2CrBlock: Seam(
         _swin_v2_cr_attention, _post_norm, _drop_path, _swin_v2_cr_output, inside=True
     ),
-    cait.LayerScaleBlock: Seam(_cait_attention, _pre_norm, _cait_finish),
+    cait.LayerScaleBlock: Seam(_cait_attention, _pre_norm, _cait_finish, gamma="gamma_2"),
     hiera.HieraBlock: Seam(_hiera_attention, _pre_norm, _vit_finish),
-    xcit.XCABlock: Seam(_xcit_attention, _pre_norm, _xcit_finish, counts_images=True),
+    xcit.XCABlock: Seam(_xcit_attention, _pre_norm, _xcit_finish, gamma="gamma2", counts_images=True),
 }
 # Blocks that timm has and that cannot be taken apart, with the reason.
 REFUSED = {

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import TensorDataset
 
-from mosa_fast.data.split import stratified_split
-from mosa_fast.data.splits import Splits
+from mosa_fast.data.parts import Splits
+from mosa_fast.data.stratify import stratified_split
 
 TEST_PER_CLASS = 80
 VAL_PER_CLASS = 20
