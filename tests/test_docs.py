@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from mosa_fast.run_folder import RunFolder
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     path
@@ -23,7 +25,7 @@ NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # What sources write: docs/method.md, Placements, Merge. The sections end with the sentence, a bracket or the like.
 CITATION = re.compile(r"docs/(\w+\.md), ([^.;:)\"`|]+)")
-LINE_START = re.compile(r"\s*\n\s*(?:#|//|\*)?\s*")  # of a comment that goes on
+COMMENT_GOES_ON = re.compile(r"\s*\n\s*(?:#|//)\s*")
 MODULE = re.compile(r"(?:python|torchrun .*) -m ((?:mosa_fast|benchmarks)(?:\.\w+)*)")
 HAND_ON = ("mosa_fast.train", "mosa_fast.sweep", "mosa_fast.data.check")  # what they do not know goes to the training
 OPTION = re.compile(r"(?<![\w-])--([a-z][\w.]*)")
@@ -41,7 +43,11 @@ def anchor(heading):
 def wrong_citations(text):
     """Citations in a source that name no page, or no section of it."""
     wrong = []
-    for page, cited in CITATION.findall(LINE_START.sub(" ", text)):
+    text = COMMENT_GOES_ON.sub(" ", text)
+    for match in CITATION.finditer(text):
+        page, cited = match.groups()
+        before = text[: match.start()].rpartition("\n")[2]
+        cited = cited.split("\n")[0] if "#" in before or "//" in before else " ".join(cited.split())
         path = ROOT / "docs" / page
         known = headings(path.read_text()) if path.is_file() else []
         wrong += [f"docs/{page}, {section}" for section in cited.strip().split(", ") if section not in known]
@@ -108,6 +114,14 @@ def test_commands_name_modules_and_options_that_exist(command):
     assert {module: options for module, options in wrong.items() if options} == {}
 
 
+def test_every_file_of_a_run_is_explained():
+    folder, page = RunFolder("run"), (ROOT / "docs" / "training.md").read_text()
+    files = [getattr(folder, name) for name, value in vars(RunFolder).items() if isinstance(value, property)]
+    files = [path.name for path in files if isinstance(path, Path)]
+    assert len(files) > 5
+    assert [name for name in files if not re.search(rf"`{name}/?`", page)] == []
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("docs/")])
 def test_examples_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -121,6 +135,7 @@ def test_mistakes_would_be_seen(tmp_path):
     cite = "docs/{}.md, {}".format
     assert wrong_citations(f'"""Text ({cite("method", "Words, Owner")}\n    maps; paper)."""') == []
     assert wrong_citations(f"# {cite('method', 'Owner')}\n# maps, Merge.") == []
+    assert wrong_citations(f"EPS = 1  # {cite('method', 'Merge')}\nOTHER = 2") == []
     assert wrong_citations(cite("method", "Marge")) == [cite("method", "Marge")]
     assert wrong_citations(cite("nothing", "Merge")) == [cite("nothing", "Merge")]
     page = tmp_path / "page.md"

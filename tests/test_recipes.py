@@ -117,7 +117,7 @@ def test_models_of_the_recipes_have_the_papers_size(recipe):
     model = build(config, CLASSES[config.data.task])
     assert model.num_classes == CLASSES[config.data.task]
     counts = count_trained(model)
-    # docs/method.md, Results: trained weights of the merged adapter, and the backbone's
+    # docs/method.md, Results to compare with: trained weights of the merged adapter, and the backbone's
     assert counts["trained_weights"] == {64: 1_208_064, 16: 322_752}[config.adapter.bottleneck]
     assert counts["head_weights"] == 769 * model.num_classes
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)

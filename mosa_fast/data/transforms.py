@@ -1,4 +1,4 @@
-"""From image files to tensors (docs/data.md, Image folders)."""
+"""From image files to tensors (docs/data.md, Images)."""
 
 from __future__ import annotations
 
