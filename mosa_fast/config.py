@@ -14,6 +14,7 @@ Share = Literal["down", "up", "none"]
 BiasMode = Literal["per_expert", "split"]
 MergeRule = Literal["mean", "joint"]
 Placement = Literal["adaptformer", "pfeiffer", "houlsby"]
+Routing = Literal["random", "fixed"]
 Activation = Literal["auto", "gelu", "relu", "silu"]
 Family = Literal["digits", "folder", "fgvc", "vtab", "gicd"]
 Precision = Literal["fp32", "bf16-mixed", "fp16-mixed", "bf16-true"]
@@ -46,7 +47,9 @@ class MoSAConfig:
     """per_expert: every expert has its own bias vector; split: the elements of one vector have owners."""
     merge: MergeRule = "mean"
     """How experts merge. mean: W0 + (W - W0) / E. joint: W / E (the same where W0 is zero)."""
-    seed: int = 3407
+    routing: Routing = "random"
+    """random: every pass draws its experts, evaluation merges them; fixed: expert 0, always, merged or not."""
+    seed: int = option(3407, low=0)
     """Seed of the owner maps and the initial weights."""
 
     def __post_init__(self) -> None:
@@ -154,9 +157,9 @@ class OptimConfig:
 class LossConfig:
     """The two-view loss (docs/method.md, Loss)."""
 
-    views: Literal[1, 2] = 2
-    """Stochastic forward passes of each batch: 2 as in the paper, or 1, which has no consistency terms. Most methods
-    fix it."""
+    views: Literal[1, 2] | None = None
+    """Stochastic passes of each batch: 2, or 1, which has no consistency terms. None: 2 for mixtures of adapters, 1 for
+    dense ones. Methods without adapters have 1."""
     add_weight: float = option(0.0, low=0.0)
     """Weight of the second view's cross-entropy."""
     reg_weight: float = option(1.0, low=0.0)
@@ -193,6 +196,8 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     method: MethodName = option("mosa", note=MEANINGS)  # noqa: RUF009  # a field, whatever its type is called
     """What is trained."""
+    partial_blocks: int = option(1, low=1)
+    """Blocks that the method partial trains, from the last."""
     adapter: MoSAConfig = field(default_factory=MoSAConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)

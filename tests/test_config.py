@@ -73,7 +73,11 @@ NAN, INFINITE = float("nan"), float("inf")
         (LossConfig, {"views": True}, r"loss\.views must be one of 1, 2, got True"),
         (LossConfig, {"reg_weight": -1}, r"loss\.reg_weight must be at least 0, got -1"),
         (LoaderConfig, {"corrupt": "never"}, r"loader\.corrupt must be one of fatal, skip, got 'never'"),
-        (TrainConfig, {"method": "lora3"}, "method must be one of mosa, adapter, linear, full, scratch, got 'lora3'"),
+        (
+            TrainConfig,
+            {"method": "lora3"},
+            "method must be one of mosa, adapter, random_mask, bias, partial, linear, full, scratch, got 'lora3'",
+        ),
         (TrainConfig, {"patience": 0}, "patience must be at least 1, got 0"),
         (TrainConfig, {"out": None}, "out must be text, got None"),
         (TrainConfig, {"optim": {"lr": 1e-3}}, "optim must be of type OptimConfig"),
@@ -115,7 +119,7 @@ def test_facts_stand_in_the_help(capsys):
         ("--optim.lr LR", "Peak learning rate. At least 0. (type: float"),
         ("--data.mode", "Only for vtab and gicd. (type: "),
         ("--data.workers WORKERS", "At least 0. A resumed run may change it. (type: int"),
-        ("--method", "adapter: dense adapters (one expert, one view), and the head; linear: the head;"),
+        ("--method", "adapter: dense adapters (one expert), and the head; random_mask:"),
         ("--adapter.dropout DROPOUT", "In [0, 1). (type: "),
     ):
         described = shown.split("options:")[1].split(f"{option} ")[1].split(" --")[0]

@@ -17,7 +17,7 @@ PAGES = sorted(
 )
 SOURCES = sorted(
     path
-    for folder in ("mosa_fast", "kernels", "csrc", "configs", "benchmarks", "tests", ".ci", ".github")
+    for folder in ("mosa_fast", "kernels", "csrc", "configs", "benchmarks", "docs", "tests", ".ci", ".github")
     for path in (ROOT / folder).rglob("*")
     if path.is_file() and path.suffix in (".py", ".h", ".cu", ".cpp", ".yaml", ".yml", ".sh", "")
 )

@@ -85,7 +85,7 @@ def why_not_folded(block: AdaptedBlock) -> str | None:
         return f"its MLP is gated ({type(mlp).__name__})"
     if not isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity):
         return "there is a norm inside its MLP"
-    if not _is_exact_gelu(mlp.act):
+    if not is_exact_gelu(mlp.act):
         return f"its activation is {type(mlp.act).__name__}, not the exact GELU"
     adapter = block.adapters()[0]
     if adapter.activation != "gelu":
@@ -176,5 +176,6 @@ def _linear(like: nn.Linear, weight: Tensor, bias: Tensor) -> nn.Linear:
     return made
 
 
-def _is_exact_gelu(activation: nn.Module) -> bool:
+def is_exact_gelu(activation: nn.Module) -> bool:
+    """Whether a timm model's activation is `x * Phi(x)` itself, not one of its approximations."""
     return isinstance(activation, GELU) or (type(activation) is nn.GELU and activation.approximate == "none")

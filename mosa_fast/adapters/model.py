@@ -22,6 +22,7 @@ from mosa_fast.backbones.frozen import draws_random_numbers, hold_statistics, pa
 from mosa_fast.backbones.heads import classifiers
 from mosa_fast.config import MoSAConfig
 from mosa_fast.nn import SparseAdapter
+from mosa_fast.nn.sparse_adapter import FIXED
 from mosa_fast.routing import BlockRouting, Routing, as_seed, draw
 
 NOT_ROUTED = (
@@ -151,7 +152,9 @@ class AdaptedModel(Wrapper):
         per_sample = {name for name, value in arguments.items() if carries_samples(name, value)}
         fork = views > 1
         counted = any(seam_of(block.block).counts_images for block in blocks)
-        if fork and (counted or per_sample or not isinstance(images, Tensor) or any(map(parts_samples, others))):
+        if fork and (
+            counted or per_sample or not isinstance(images, Tensor) or any(map(parts_samples, (self.backbone, *others)))
+        ):
             images, fork = _repeated(images, views), False
             arguments |= {name: _repeated(arguments[name], views) for name in per_sample}
         with routed(blocks, routing, fork=fork, block_outputs=block_outputs):
@@ -180,8 +183,10 @@ class AdaptedModel(Wrapper):
         first = blocks[0].adapters()[0]
         # Nothing is taken from torch's random state where nothing is random.
         key = as_seed(seed if self.training else 0, first.down.weight.device)
-        if experts is None:
+        if experts is None and first.config.routing == "random":
             return draw(key, layers, views, first.config.experts)
+        if experts is None:
+            experts = torch.full((layers, views, 2), FIXED, dtype=torch.int32, device=key.device)
         if experts.ndim != 3 or experts.shape[0] != layers or experts.shape[2] != 2:
             raise ValueError(f"experts must be int32 [{layers}, V, 2], got {list(experts.shape)}")
         return Routing(experts, draw(key, layers, 1, first.config.experts).seeds)
@@ -206,9 +211,11 @@ class AdaptedModel(Wrapper):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(trained.get(name, True))
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+    def group_matcher(self, coarse: bool = False) -> Any:
         """The timm model's patterns of parameter groups (for layer decay), for this model's names."""
-        groups: dict[str, Any] = self.backbone.group_matcher(coarse=coarse)  # type: ignore[operator]
+        groups: Any = self.backbone.group_matcher(coarse=coarse)  # type: ignore[operator]
+        if callable(groups):  # CaiT's gives the group of a name
+            return lambda name: groups(name.removeprefix(f"{self.CHILD}."))
         return {name: _prefix_patterns(patterns) for name, patterns in groups.items()}
 
     def no_weight_decay(self) -> set[str]:

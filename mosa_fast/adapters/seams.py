@@ -16,6 +16,7 @@ from timm.models import (
     cait,
     eva,
     hiera,
+    naflexvit,
     swin_transformer,
     swin_transformer_v2,
     swin_transformer_v2_cr,
@@ -214,8 +215,17 @@ AFTER_BLOCKS = (
     *("norm", "neck", "fc_norm", "attn_pool", "head", "head_drop", "head_dist"),
     *("blocks_token_only", "cls_attn_blocks"),  # CaiT's and XCiT's blocks of the class token
 )
-# Arguments of a timm model's forward that hold something for every image (NaFlexViT's patches).
-PER_IMAGE = ("patch_coord", "patch_valid")
+# Arguments of a timm model's forward that hold something for every image: NaFlexViT's patches, Hiera's mask.
+PER_IMAGE = ("patch_coord", "patch_valid", "mask")
+# Models that hand their blocks a batch and take one of any size back. Others use the same blocks (CrossViT, PiT), and
+# count images or cut them up between these.
+MODELS = (
+    *(vision_transformer.VisionTransformer, naflexvit.NaFlexVit, eva.Eva, beit.Beit, cait.Cait, hiera.Hiera, xcit.Xcit),
+    *(swin_transformer.SwinTransformer, swin_transformer_v2.SwinTransformerV2),
+    swin_transformer_v2_cr.SwinTransformerV2Cr,
+    vision_transformer_relpos.VisionTransformerRelPos,
+    vision_transformer_sam.VisionTransformerSAM,
+)
 
 
 def seam_of(block: nn.Module) -> Seam:
@@ -230,6 +240,9 @@ def find_blocks(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
         ValueError: there is none, or blocks of a known class stand beside modules of another one.
     """
     found = False
+    if not isinstance(model, MODELS):
+        names = ", ".join(kind.__name__ for kind in MODELS)
+        raise ValueError(f"adapt knows timm's {names}, but the model is a {type(model).__name__}")
     for path, parent in model.named_modules():
         children = dict(parent.named_children())
         known = [name for name, child in children.items() if type(child) in SEAMS]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from timm.layers import DropPath, PatchDropout
+from timm.layers import DropPath, PatchDropout, PatchDropoutWithIndices
+from timm.models.hiera import Hiera
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 
 def draws_random_numbers(module: nn.Module) -> bool:
@@ -14,12 +16,14 @@ def draws_random_numbers(module: nn.Module) -> bool:
 
 def parts_samples(module: nn.Module) -> bool:
     """Whether a module, its children left out, draws something of its own for every sample."""
-    if isinstance(module, nn.Dropout):
+    if isinstance(module, _DropoutNd):
         rate = module.p
     elif isinstance(module, DropPath):
         rate = module.drop_prob or 0.0
-    elif isinstance(module, PatchDropout):
+    elif isinstance(module, (PatchDropout, PatchDropoutWithIndices)):
         rate = module.prob
+    elif isinstance(module, Hiera):
+        rate = module.patch_drop_rate
     else:
         return False
     return module.training and rate > 0

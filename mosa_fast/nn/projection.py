@@ -76,14 +76,18 @@ class SparseProjection(nn.Module):
         return self.bias * (self.bias_owner == ids[:, None])
 
     @torch.no_grad()
-    def merge(self, rule: MergeRule) -> None:
-        """Become the dense projection that the experts amount to, in place (docs/method.md, Merge)."""
+    def merge(self, rule: MergeRule, expert: int | None = None) -> None:
+        """Become the dense projection that the experts, or one of them, amount to, in place (docs/method.md, Merge)."""
         if self.owner is None:
             return
-        bias = self.bias_rows().mean(0, keepdim=True)
-        weight = self.weight / self.experts
-        if self.init is not None and rule == "mean":
-            weight = weight + self.init * (1 - 1 / self.experts)
+        if expert is not None:
+            bias = self.bias_rows()[expert : expert + 1].clone()
+            weight = torch.where(self.owner == expert, self.weight, 0.0 if self.init is None else self.init)
+        else:
+            bias = self.bias_rows().mean(0, keepdim=True)
+            weight = self.weight / self.experts
+            if self.init is not None and rule == "mean":
+                weight = weight + self.init * (1 - 1 / self.experts)
         self.weight.copy_(weight)
         self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
         self.owner = self.init = self.bias_owner = None

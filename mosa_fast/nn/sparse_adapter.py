@@ -14,6 +14,7 @@ from mosa_fast.ops import sparse_adapter
 from mosa_fast.ops.reference import MERGED
 from mosa_fast.routing import as_seed, draw
 
+FIXED = 0  # the expert of an adapter that is not routed
 SCALE = DROPOUT = 0.1  # AdaptFormer's, since a layer that stands alone is an adapter beside a branch
 
 
@@ -31,7 +32,7 @@ class SparseAdapter(nn.Module):
         activation: "gelu" (exact), "relu" or "silu".
         scale: factor on the output: a number, or "trainable" (learned, from 1.0).
         dropout: probability of dropping a hidden activation.
-        share, bias, merge: see `MoSAConfig`.
+        share, bias, merge, routing: see `MoSAConfig`.
         norm: normalise what is read, with a LayerNorm of the adapter's own.
         norm_eps: its eps (norm2's of the block it sits in).
         generator: CPU generator of owner maps and initial weights; torch's global one when None.
@@ -55,6 +56,7 @@ class SparseAdapter(nn.Module):
         dropout: float = DROPOUT,
         bias: str = "per_expert",
         merge: str = "mean",
+        routing: str = "random",
         norm: bool = True,
         norm_eps: float = 1e-6,
         generator: torch.Generator | None = None,
@@ -71,6 +73,7 @@ class SparseAdapter(nn.Module):
             dropout=dropout,
             bias=bias,  # type: ignore[arg-type]
             merge=merge,  # type: ignore[arg-type]
+            routing=routing,  # type: ignore[arg-type]
         )
         config = self.config
         self.activation = activation
@@ -133,6 +136,7 @@ class SparseAdapter(nn.Module):
             dropout=dropout,
             bias=config.bias,
             merge=config.merge,
+            routing=config.routing,
             **options,
         )
         adapter.config = config
@@ -153,22 +157,24 @@ class SparseAdapter(nn.Module):
         Args:
             x: `[N, ..., dim]`.
             skip: output of the frozen branch, added to the result.
-            experts: int32 `[V, 2]`, the (down, up) expert of each group of samples. None: drawn in training, merged
-                in evaluation. The id -1 is always the mean merge, also where the layer's own merge is joint.
+            experts: int32 `[V, 2]`, the (down, up) expert of each group of samples. None: drawn in training, merged in
+                evaluation; expert 0 in both, where the configuration's routing is fixed. The id -1 is always the mean
+                merge, also where the layer's own merge is joint.
             seed: of the dropout and of the draw: an int, or int64 `[1]` or `[2]` (`mosa_fast.routing`). None: fresh.
             fork: let each of the V groups read all of x.
             add_input: add x to the result.
         """
         norm, dropout = self.norm, self.dropout if self.training else 0.0
         down_init = self.down.init
-        draws = self.training and experts is None
+        fixed = self.config.routing == "fixed"
+        draws = self.training and experts is None and not fixed
         # Nothing is taken from torch's random state where nothing is random.
         key = as_seed(seed if draws or dropout > 0 else 0, x.device)
         if draws:
             experts = draw(key, 1, 1, self.config.experts).experts[0]
         elif experts is None:
-            experts = torch.full((1, 2), MERGED, dtype=torch.int32, device=x.device)
-            if self.config.merge == "joint":
+            experts = torch.full((1, 2), FIXED if fixed else MERGED, dtype=torch.int32, device=x.device)
+            if self.config.merge == "joint" and not fixed:
                 down_init = None
         return sparse_adapter(
             x,
@@ -194,8 +200,9 @@ class SparseAdapter(nn.Module):
 
     def merge(self) -> None:
         """Replace the experts by the one dense adapter of evaluation, in place."""
-        self.down.merge(self.config.merge)
-        self.up.merge(self.config.merge)
+        expert = FIXED if self.config.routing == "fixed" else None
+        self.down.merge(self.config.merge, expert)
+        self.up.merge(self.config.merge, expert)
         self.config = replace(self.config, experts=1)
 
     @property

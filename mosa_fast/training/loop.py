@@ -86,7 +86,7 @@ def train(config: TrainConfig, *, progress: bool = True, resume: bool = False) -
         store_frozen(model, config.precision)
         set_training(model.to(device), True)
         weights = class_weights(splits.train_labels, len(splits.classes), config.loss.class_weights)
-        loss_config = replace(config.loss, views=method.views or config.loss.views)
+        loss_config = replace(config.loss, views=method.views_of(config.loss.views))
         objective: nn.Module = Objective(model, loss_config, config.precision, weights).to(device)
         if config.compile:
             objective.compile(fullgraph=True)

@@ -22,7 +22,7 @@ def mosa_loss(
     """`CE(p1) + add_weight CE(p2) + reg_weight KLsym + 0.01 reg_weight DEEP`, or `CE(p1)` with one view.
 
     Args:
-        logits: `[V * B, classes]`, view after view; V = config.views.
+        logits: `[V * B, classes]`, view after view; V is 1 or 2.
         labels: int64 `[B]`.
         class_weights: `[classes]`, for the cross-entropy; its sum is divided by the batch size all the same.
         block_outputs: outputs of the first blocks, `[V * B, T, D]` each, for the deep term.
@@ -31,7 +31,7 @@ def mosa_loss(
         Scalar, float32 (float64 for float64 logits).
     """
     logits = _at_least_float(logits)
-    if config.views == 1:
+    if len(logits) == len(labels):
         return _cross_entropy(logits, labels, class_weights)
     first, second = logits.chunk(2)
     loss = _cross_entropy(first, labels, class_weights)

@@ -36,7 +36,7 @@ def build_model(config: TrainConfig, num_classes: int) -> Any:
     torch.manual_seed(config.seed)  # the head's initial weights
     backbone = replace(config.model, pretrained=config.model.pretrained and method.pretrained)
     model: Any = create_backbone(backbone, num_classes, config.data.image_size)
-    trained = [p for p in method.trained(model, classifiers(model)) if p.requires_grad]
+    trained = [p for p in method.trained(model, classifiers(model), config.partial_blocks) if p.requires_grad]
     if method.adapters is None:
         model.requires_grad_(False)
     else:

@@ -36,11 +36,11 @@ class Objective(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
         """The mean loss of a batch, and how many of its first view's predictions are right."""
-        outputs: list[Tensor] | None = [] if self.config.deep_reg and self.config.views > 1 else None
+        outputs: list[Tensor] | None = [] if self.config.deep_reg and self.config.views == 2 else None
         with autocast(self.precision, images.device):
             images = images.to(input_dtype(self.precision))
             if isinstance(self.model, AdaptedModel):
-                logits = self.model(images, views=self.config.views, seed=seed, block_outputs=outputs)
+                logits = self.model(images, views=self.config.views or 1, seed=seed, block_outputs=outputs)
             else:
                 logits = self.model(images)
         weights: Any = self.class_weights

@@ -177,9 +177,11 @@ def test_an_adapted_block_compiles_without_a_graph_break(images):
 
 def test_other_models_are_refused():
     with pytest.raises(
-        ValueError, match=r"no block of ResNet can be adapted; .* vision_transformer\.Block, .* eva\.EvaBlock"
+        ValueError, match=r"adapt knows timm's VisionTransformer, .* Eva, .*, but the model is a ResNet"
     ):
         mosa.adapt(timm.create_model("resnet10t"))
+    with pytest.raises(ValueError, match="but the model is a PoolingVisionTransformer"):  # of blocks that are known
+        mosa.adapt(timm.create_model("pit_ti_224"))
     model, _ = make_pair()
     with pytest.raises(ValueError, match="has adapters already"):
         mosa.adapt(model)

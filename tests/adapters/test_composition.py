@@ -17,7 +17,7 @@ from tiny_vit import make_tiny_vit
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import mosa_fast as mosa
-from mosa_fast.adapters.adapter_file import trained_state
+from mosa_fast.adapters.adapter_file import timm_names, trained_state
 from mosa_fast.adapters.model import adapters
 from mosa_fast.adapters.seams import find_blocks
 from mosa_fast.backbones.frozen import draws_random_numbers
@@ -335,6 +335,32 @@ def test_frozen_batchnorm_neither_learns_nor_normalises_by_the_batch():
     assert norms[0].training is False
     assert model.train() is model
     assert norms[0].training
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layer_decay_works_in_every_family(name):
+    model, _ = make(name)
+    plain = TINY[name]()
+    groups, expected = (param_groups_layer_decay(m.requires_grad_(True), layer_decay=0.5) for m in (model, plain))
+    rates = {}
+    for owner, found in ((plain, expected), (model, groups)):
+        names = timm_names(owner)
+        by_id = {id(p): names[key] for key, p in owner.named_parameters()}
+        for group in found:
+            for parameter in group["params"]:
+                rate = (group["lr_scale"], group["weight_decay"])
+                assert rates.setdefault(by_id[id(parameter)], rate) == rate
+
+
+@pytest.mark.parametrize("name", ["vit", "eva02", "naflex", "hiera"])
+def test_views_part_before_dropped_patches(name):
+    """Every view drops its own."""
+    plain = TINY[name](patch_drop_rate=0.5, drop_path_rate=0.0)
+    images = image(plain, 3)
+    model = mosa.adapt(plain, mosa.MoSAConfig(bottleneck=4)).train()  # which changes nothing yet
+    torch.manual_seed(0)
+    first, second = model(images, views=2, seed=1).chunk(2)
+    assert not torch.allclose(first, second)
 
 
 def test_random_positions_are_known_to_be_random():

@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 from tiny_runs import tiny_run
 
 from mosa_fast.adapters.adapter_file import timm_names, trained_state
+from mosa_fast.adapters.fold import merge
 from mosa_fast.adapters.model import adapters
 from mosa_fast.backbones.frozen import set_training
 from mosa_fast.config import DataConfig, ModelConfig, MoSAConfig, OptimConfig, TrainConfig
 from mosa_fast.data import digits
 from mosa_fast.evaluate import evaluate_run
-from mosa_fast.methods import METHODS, Method
+from mosa_fast.methods import BLOCK, METHODS, Method
 from mosa_fast.run_folder import RunFolder
 from mosa_fast.training.finished_run import load_run_model
 from mosa_fast.training.loop import train
@@ -37,8 +38,60 @@ def test_a_method_trains_what_its_row_says(tmp_path, method):
     everything = {timm_names_of[name] for name, _ in model.named_parameters()}
     head = {"head.weight", "head.bias"}
     layers = {name for name in everything if ".adapter." in name}
-    assert bool(layers) == (method in ("mosa", "adapter"))
-    assert names == {"linear": head, "full": everything, "scratch": everything}.get(method, head | layers)
+    assert bool(layers) == (method in ("mosa", "adapter", "random_mask"))
+    last = {name for name in everything if name.startswith((f"blocks.{len(model.blocks) - 1}.", "norm.", "fc_norm."))}
+    expected = {
+        "bias": {name for name in everything if name.endswith("bias")} | head,
+        "partial": last | head,
+        "linear": head,
+        "full": everything,
+        "scratch": everything,
+    }
+    assert names == expected.get(method, head | layers)
+
+
+def test_biases_of_a_vit_b16_are_as_many_as_published(tmp_path):
+    model = ModelConfig("vit_base_patch16_224", pretrained=False)
+    with torch.device("meta"):
+        built = build_model(tiny_run(tmp_path, method="bias", model=model, data=DataConfig(image_size=224)), 200)
+    assert count_trained(built) == {"trained_weights": 102_912, "head_weights": 200 * 769}
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("swin_tiny_patch4_window7_224", 3), ("xcit_nano_12_p8_224", 2)])
+def test_the_last_blocks_are_found_in_every_family(tmp_path, name, blocks):
+    config = tiny_run(
+        tmp_path, method="partial", model=ModelConfig(name, pretrained=False), data=DataConfig(image_size=224)
+    )
+    config.partial_blocks = blocks
+    with torch.device("meta"):
+        model = build_model(config, 10)
+    found = {BLOCK.match(name)[0] for name in trained_names(model) if BLOCK.match(name)}
+    swin = {"layers.3.blocks.1", "layers.3.blocks.0", "layers.2.blocks.5"}
+    assert found == (swin if "swin" in config.model.name else {"blocks.11", "blocks.10"})
+    assert "norm.weight" in trained_names(model)
+
+
+@pytest.mark.parametrize("share", ["down", "up", "none"])
+def test_a_random_mask_is_one_expert_for_good(tmp_path, share):
+    """Undivided, in training, evaluation, and merged: the weights of other experts never count."""
+    config = tiny_run(tmp_path, method="random_mask", adapter=MoSAConfig(bottleneck=4, share=share, dropout=0.0))
+    model = build_model(config, 10)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for adapter in adapters(model):
+            for parameter in adapter.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    expert = torch.zeros(len(list(adapters(model))), 1, 2, dtype=torch.int32)
+    expected = model.train()(images, experts=expert)
+    assert torch.equal(model(images, seed=3), expected)
+    torch.testing.assert_close(model.eval()(images), expected)
+    merged = merge(copy.deepcopy(model))
+    torch.testing.assert_close(merged(images), expected)
+    for adapter, dense in zip(adapters(model), adapters(merged), strict=True):
+        for own, other in ((adapter.down, dense.down), (adapter.up, dense.up)):
+            if own.owner is not None:
+                rest = other.weight[own.owner != 0]
+                assert torch.equal(rest, torch.zeros_like(rest) if own.init is None else own.init[own.owner != 0])
 
 
 def test_the_dense_adapter_has_one_expert_whatever_the_section_says(tmp_path):
@@ -69,13 +122,13 @@ def test_the_dense_adapter_is_trained_with_one_view_and_read_again(tmp_path, mon
 def test_a_method_costs_a_row(tmp_path, monkeypatch):
     """Every bias and the head, from here."""
 
-    def biases(model, heads):
+    def biases(model, heads, blocks):
         yield from (p for name, p in model.named_parameters() if name.endswith("bias"))
         yield from (p for head in heads for p in head.parameters())
 
-    monkeypatch.setitem(METHODS, "bias", Method("bias", "biases and the head", biases))
+    monkeypatch.setitem(METHODS, "new", Method("new", "biases and the head", biases))
     config = tiny_run(tmp_path, test=False)
-    config.method = "bias"
+    config.method = "new"
     summary = train(config, progress=False)
     saved = load_file(RunFolder(tmp_path).model)
     assert {name for name in saved if not name.endswith("bias")} == {"head.weight"}
