@@ -1,4 +1,4 @@
-"""`python docs/make_backbones.py [--check]`: writes docs/backbones.md, what of timm's can be adapted.
+"""`python docs/make_backbones.py [--check]`: writes docs/backbones.md: what of timm's can be adapted.
 
 Every architecture that has pretrained weights is made on the meta device (no memory, no download) and adapted; tags
 only multiply its row. With `--check` nothing is written: the exit code is 1 where the file is not what this timm gives,
