@@ -39,14 +39,9 @@ if command -v ncu >/dev/null; then
         "$python" -m benchmarks.adapter --profile --widths 768 --tokens 25216
 fi
 if command -v compute-sanitizer >/dev/null; then
-    small="tests/gpu/test_kernels.py -q -k sanitized"
+    small="tests/gpu/test_on_gpu.py -q -k sanitized"
     # shellcheck disable=SC2086
     part 60 sanitizer.txt bash -c "for tool in memcheck racecheck; do
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool \$tool --error-exitcode 9 '$python' -m pytest $small || exit; done"
 fi
-# What is left of the time goes to searching tiles for the commonest shape.
-XDG_CACHE_HOME="$out/cache" MOSA_FAST_AUTOTUNE=1 part 120 tuned.txt "$python" -m benchmarks.adapter \
-    --widths 768 --tokens 25216 --repeats 10
-cat "$out"/cache/mosa_fast/*.json >"$out/tiles.json" 2>/dev/null
-rm -rf "$out/cache"
 ls -l "$out"

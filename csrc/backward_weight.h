@@ -1,8 +1,8 @@
 // Backward of the sparse adapter towards its weights: a reduction over all tokens in two deterministic stages, without
 // atomics. With h, t and y from backward_input.h, x^ = (x - mean) rstd (x itself without a norm), Q = t^T x^:
 //
-//     dU = scale * share_up * (y^T h)                         [D, r]
-//     dW = share_down * (Q diag(g) + (sum t) b^T)             [r, D]
+//     dU = scale * owned_up * (y^T h)                         [D, r]
+//     dW = owned_down * (Q diag(g) + (sum t) b^T)             [r, D]
 //     dg = column sums of W_down[d] * Q,   db = (sum t) W_down[d]                 [D]
 //     db_up[u] = scale * sum y,            db_down[d] = sum t                     [D], [r]
 //
@@ -23,14 +23,6 @@ struct BackwardWeightShared {
   alignas(32) float staging[TILE * STAGING];
   float sums[LANES][TILE], rank_sums[TILE];
 };
-
-// float32s of one slice: dU, dW, and (dg, db) for each 64 ranks.
-#ifdef __CUDACC__
-__host__ __device__
-#endif
-inline int64_t partial_length(const Sizes& s) {
-  return 2 * s.width * s.bottleneck + 2 * s.width * ((s.bottleneck + TILE - 1) / TILE);
-}
 
 template <class T>
 MOSA_INLINE void put(const Array& array, const Eight& eight, T* target) {
@@ -69,7 +61,7 @@ MOSA_INLINE void backward_weight_block(const Arguments& a, int64_t block, char* 
   };
 
   const int64_t first = slice * s.segments_per_slice;
-  const int64_t count = smaller(s.segments_per_slice, s.groups * s.pieces - first);
+  const int64_t count = smaller(s.segments_per_slice, s.segments - first);
   for (int64_t index = 0; index < count; ++index) {
     const int64_t segment = first + index, group = segment / s.pieces;
     const int64_t start_row = segment % s.pieces * s.piece_rows;
@@ -166,7 +158,7 @@ MOSA_INLINE void backward_weight_block(const Arguments& a, int64_t block, char* 
         if (column >= s.width || rank >= s.bottleneck) continue;
         const int64_t at = column * s.bottleneck + rank;
         const float value = shared.staging[i / TILE * STAGING + i % TILE] * scale *
-            weight_share(a.arrays[UP_OWNER], at, up_expert, s.up_experts);
+            weight_ownership(a.arrays[UP_OWNER], at, up_expert, s.up_experts);
         up_partial[at] = later ? up_partial[at] + value : value;
       }
     });
@@ -181,7 +173,7 @@ MOSA_INLINE void backward_weight_block(const Arguments& a, int64_t block, char* 
           value = value * load(a.arrays[NORM_WEIGHT], column) +
               shared.rank_sums[i / TILE] * load(a.arrays[NORM_BIAS], column);
         }
-        value *= weight_share(a.arrays[DOWN_OWNER], at, down_expert, s.down_experts);
+        value *= weight_ownership(a.arrays[DOWN_OWNER], at, down_expert, s.down_experts);
         down_partial[at] = later ? down_partial[at] + value : value;
       }
     });
@@ -207,10 +199,7 @@ MOSA_INLINE void backward_weight_block(const Arguments& a, int64_t block, char* 
 // Stage 2: one thread for each element of every gradient, and a last block for the scale's.
 struct FinishShared { float totals[THREADS]; };
 
-#ifdef __CUDACC__
-__host__ __device__
-#endif
-inline int64_t finish_elements(const Sizes& s) {
+MOSA_BOTH inline int64_t finish_elements(const Sizes& s) {
   return 2 * s.width * s.bottleneck + 2 * s.width + s.up_experts * s.width + s.down_experts * s.bottleneck;
 }
 
@@ -220,9 +209,9 @@ MOSA_INLINE float bias_gradient(
   const float* sums = static_cast<const float*>(a.arrays[name].data);
   const int row = static_cast<int>(index / columns);
   float total = 0.0f;
-  for (int64_t segment = 0; segment < s.groups * s.pieces; ++segment) {
-    const float share = split ? owned_share(row, expert_of(a, segment / s.pieces, projection), experts) : 1.0f;
-    total += share * sums[segment * columns + index % columns];
+  for (int64_t segment = 0; segment < s.segments; ++segment) {
+    const float owned = split ? ownership(row, expert_of(a, segment / s.pieces, projection), experts) : 1.0f;
+    total += owned * sums[segment * columns + index % columns];
   }
   return total;
 }
@@ -281,7 +270,7 @@ MOSA_INLINE void finish_block(const Arguments& a, int64_t block, char* memory) {
     });
   }
   phase([&](int thread) {
-    if (thread == 0) store(a.arrays[GRAD_SCALE], 0, shared.totals[0]);
+    if (thread == 0) store(a.arrays[GRAD_SCALE_TENSOR], 0, shared.totals[0]);
   });
 }
 

@@ -1,9 +1,15 @@
-// The extension's two operators, registered with torch: mosa_fast_cuda::forward and ::backward. They fill buffers that
-// Python allocated (ops/extension.py); the arrays come in the order of `Name`, the numbers in that of their structs.
+// The extension's operators, registered with torch: mosa_fast_cuda::forward and ::backward fill buffers that Python
+// allocated (mosa_fast/ops/sparse_adapter_cuda.py); ::names says in which order they take what Python knows by name.
+// Before a launch every array is checked against its line in arguments.h, so that a mistake is an error, not a read or a
+// write out of bounds.
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include <cctype>
 #include <cstring>
+#include <iterator>
+#include <string>
+#include <vector>
 
 #include "arguments.h"
 
@@ -16,32 +22,104 @@ namespace {
 
 using namespace mosa_fast;
 
-Array array_of(const std::optional<at::Tensor>& tensor) {
-  if (!tensor || !tensor->defined()) return {nullptr, FLOAT32, 0};
-  TORCH_CHECK(tensor->is_contiguous(), "sparse_adapter's buffers must be contiguous");
-  void* data = tensor->data_ptr();
-  int32_t dtype = INTEGER;
-  switch (tensor->scalar_type()) {
-    case at::kFloat: dtype = FLOAT32; break;
-    case at::kHalf: dtype = FLOAT16; break;
-    case at::kBFloat16: dtype = BFLOAT16; break;
-    case at::kDouble: dtype = FLOAT64; break;
-    default: break;
-  }
-  const bool vector = tensor->dim() > 0 && tensor->size(-1) % 8 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
-  return {data, dtype, vector};
+constexpr const char* ARRAY_NAMES[] = {
+#define MOSA_STRING(name, elements, count, needed) #name,
+    MOSA_ARRAYS(MOSA_STRING)
+#undef MOSA_STRING
+};
+constexpr const char* DTYPE_NAMES[] = {"float32", "float16", "bfloat16", "float64", "uint8", "int32", "int64", "other"};
+constexpr const char* SIZE_NAMES[] = {
+#define MOSA_STRING(name) #name,
+    MOSA_SIZES(MOSA_STRING)
+};
+constexpr const char* NUMBER_NAMES[] = {MOSA_NUMBERS(MOSA_STRING)};
+#undef MOSA_STRING
+
+std::string lower(std::string name) {
+  for (char& letter : name) letter = static_cast<char>(std::tolower(letter));
+  return name;
 }
 
-void call(
-    const char* (*function)(const Arguments&, void*), const c10::List<std::optional<at::Tensor>>& tensors,
-    at::IntArrayRef sizes, at::ArrayRef<double> numbers) {
+// kind: "arrays", "sizes" or "numbers".
+std::vector<std::string> names(const std::string& kind) {
+  std::vector<std::string> found;
+  if (kind == "arrays") {
+    for (const char* name : ARRAY_NAMES) found.push_back(lower(name));
+  } else if (kind == "sizes") {
+    found.assign(std::begin(SIZE_NAMES), std::end(SIZE_NAMES));
+  } else {
+    TORCH_CHECK(kind == "numbers", "there are arrays, sizes and numbers, not ", kind);
+    found.assign(std::begin(NUMBER_NAMES), std::end(NUMBER_NAMES));
+  }
+  return found;
+}
+
+int32_t dtype_of(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return FLOAT32;
+    case at::kHalf: return FLOAT16;
+    case at::kBFloat16: return BFLOAT16;
+    case at::kDouble: return FLOAT64;
+    case at::kByte: return UINT8;
+    case at::kInt: return INT32;
+    case at::kLong: return INT64;
+    default: return DTYPES;
+  }
+}
+
+bool fits(int32_t dtype, Elements elements, const Sizes& s) {
+  switch (elements) {
+    case FLOATING: return dtype <= FLOAT64;
+    case PRODUCT: return dtype == s.product_dtype;
+    case FLOAT32S: return dtype == FLOAT32;
+    case UINT8S: return dtype == UINT8;
+    case INT32S: return dtype == INT32;
+    case INT64S: return dtype == INT64;
+  }
+  return false;
+}
+
+using Tensors = c10::List<std::optional<at::Tensor>>;
+
+void check(const Tensors& tensors, const Arguments& arguments, bool backward) {
+  const Sizes& s = arguments.sizes;
+  const auto given = [&](Name name) { return arguments.arrays[name].data != nullptr; };
+  TORCH_CHECK(s.product_dtype >= FLOAT32 && s.product_dtype <= BFLOAT16, "product_dtype must be 0, 1 or 2");
+  const auto check_one = [&](Name name, Elements elements, int64_t count, bool needed) {
+    if (!given(name)) {
+      TORCH_CHECK(!needed, lower(ARRAY_NAMES[name]), " is missing");
+      return;
+    }
+    const at::Tensor tensor = *tensors.get(name);
+    const int32_t dtype = arguments.arrays[name].dtype;
+    TORCH_CHECK(fits(dtype, elements, s), lower(ARRAY_NAMES[name]), " cannot be ", DTYPE_NAMES[dtype]);
+    TORCH_CHECK(tensor.numel() == count, lower(ARRAY_NAMES[name]), " has ", tensor.numel(), " elements, not ", count);
+    TORCH_CHECK(tensor.is_contiguous(), lower(ARRAY_NAMES[name]), " is not contiguous");
+    TORCH_CHECK(tensor.device() == tensors.get(X)->device(), lower(ARRAY_NAMES[name]), " is on another device than x");
+  };
+#define MOSA_CHECK(name, elements, count, needed) check_one(name, elements, count, needed);
+  MOSA_ARRAYS(MOSA_CHECK)
+#undef MOSA_CHECK
+}
+
+Array array_of(const std::optional<at::Tensor>& tensor) {
+  if (!tensor || !tensor->defined() || !tensor->numel()) return {nullptr, FLOAT32, 0};
+  void* data = tensor->data_ptr();
+  const bool vector = tensor->dim() > 0 && tensor->size(-1) % 8 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  return {data, dtype_of(*tensor), vector};
+}
+
+void call(bool backward, const Tensors& tensors, at::IntArrayRef sizes, at::ArrayRef<double> numbers) {
   Arguments arguments;
-  static_assert(sizeof(Sizes) % sizeof(int64_t) == 0 && sizeof(Numbers) % sizeof(double) == 0);
-  TORCH_CHECK(tensors.size() == NAMES, "sparse_adapter takes ", static_cast<int>(NAMES), " arrays");
-  TORCH_CHECK(sizes.size() * sizeof(int64_t) == sizeof(Sizes) && numbers.size() * sizeof(double) == sizeof(Numbers));
+  TORCH_CHECK(tensors.size() == std::size(ARRAY_NAMES), "there are ", std::size(ARRAY_NAMES), " arrays");
+  TORCH_CHECK(sizes.size() == std::size(SIZE_NAMES), "there are ", std::size(SIZE_NAMES), " sizes");
+  TORCH_CHECK(numbers.size() == std::size(NUMBER_NAMES), "there are ", std::size(NUMBER_NAMES), " numbers");
+  static_assert(sizeof(Sizes) == sizeof(int64_t) * std::size(SIZE_NAMES));
+  static_assert(sizeof(Numbers) == sizeof(double) * std::size(NUMBER_NAMES));
   for (int i = 0; i < NAMES; ++i) arguments.arrays[i] = array_of(tensors.get(i));
   std::memcpy(&arguments.sizes, sizes.data(), sizeof(Sizes));
   std::memcpy(&arguments.numbers, numbers.data(), sizeof(Numbers));
+  check(tensors, arguments, backward);
 #ifdef MOSA_FAST_EMULATE
   void* stream = nullptr;
 #else
@@ -49,23 +127,22 @@ void call(
   const c10::cuda::CUDAGuard guard(x.device());
   void* stream = c10::cuda::getCurrentCUDAStream(x.device().index()).stream();
 #endif
-  const char* error = function(arguments, stream);
+  const char* error = backward ? mosa_fast::backward(arguments, stream) : mosa_fast::forward(arguments, stream);
   TORCH_CHECK(error == nullptr, error);
 }
 
-void call_forward(
-    const c10::List<std::optional<at::Tensor>>& tensors, at::IntArrayRef sizes, at::ArrayRef<double> numbers) {
-  call(&forward, tensors, sizes, numbers);
+void call_forward(const Tensors& tensors, at::IntArrayRef sizes, at::ArrayRef<double> numbers) {
+  call(false, tensors, sizes, numbers);
 }
 
-void call_backward(
-    const c10::List<std::optional<at::Tensor>>& tensors, at::IntArrayRef sizes, at::ArrayRef<double> numbers) {
-  call(&backward, tensors, sizes, numbers);
+void call_backward(const Tensors& tensors, at::IntArrayRef sizes, at::ArrayRef<double> numbers) {
+  call(true, tensors, sizes, numbers);
 }
 
 }  // namespace
 
 TORCH_LIBRARY(mosa_fast_cuda, library) {
+  library.def("names(str kind) -> str[]", &names);
   library.def("forward(Tensor?[] tensors, int[] sizes, float[] numbers) -> ()");
   library.def("backward(Tensor?[] tensors, int[] sizes, float[] numbers) -> ()");
 }

@@ -15,7 +15,6 @@
 namespace mosa_fast {
 
 constexpr int THREADS = 256;
-constexpr int TILE = 64;                              // rows, columns and ranks of every tile
 constexpr int EIGHT = 8;                              // elements that a thread handles at once
 constexpr int PARTS = TILE / EIGHT;                   // threads side by side on a row of a tile
 constexpr int SLOTS = TILE * PARTS / THREADS;         // rows of a thread: thread / PARTS + slot * LANES
@@ -270,6 +269,6 @@ struct Accumulator<float> {
 #endif
 
 // Of the width or of the bottleneck, which 32 bits count; rows and elements take 64.
-MOSA_INLINE int tiles(int64_t size) { return static_cast<int>((size + TILE - 1) / TILE); }
+MOSA_INLINE int tiles(int64_t size) { return static_cast<int>(padded(size) / TILE); }
 
 }  // namespace mosa_fast

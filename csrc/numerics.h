@@ -1,7 +1,7 @@
 // Element-wise mathematics, the same on device and host: conversions, activations, owners, dropout's random numbers.
 //
-//   share(owner, e)   = [owner == e], or 1 / E where e = -1 (merged)
-//   W_e               = W0 + (W - W0) * share
+//   owned(owner, e)   = [owner == e], or 1 / E where e = -1 (merged)
+//   W_e               = W0 + (W - W0) * owned
 //   word(v, s, t, c)  = lane c % 4 of Philox-4x32-10(key = seed, counter = (c / 4, t, s, v)); kept where >= threshold
 #pragma once
 #include <cmath>
@@ -110,23 +110,24 @@ MOSA_INLINE void store(const Array& array, int64_t index, float value) {
 
 constexpr int MERGED = -1;  // the expert id that means: all of them, averaged
 
-MOSA_INLINE float owned_share(int owner, int expert, int64_t experts) {
+// How much of a weight the group uses.
+MOSA_INLINE float ownership(int owner, int expert, int64_t experts) {
   return expert == MERGED ? 1.0f / experts : owner == expert ? 1.0f : 0.0f;
 }
 
-// The share of weight `index`; 1 in a dense projection.
-MOSA_INLINE float weight_share(const Array& owner, int64_t index, int expert, int64_t experts) {
-  return owner.data ? owned_share(static_cast<const uint8_t*>(owner.data)[index], expert, experts) : 1.0f;
+// The same of weight `index` of a projection; 1 where it is dense.
+MOSA_INLINE float weight_ownership(const Array& owner, int64_t index, int expert, int64_t experts) {
+  return owner.data ? ownership(static_cast<const uint8_t*>(owner.data)[index], expert, experts) : 1.0f;
 }
 
 MOSA_INLINE float weight_value(
     const Array& weight, const Array* init, const Array& owner, int64_t index, int expert, int64_t experts) {
   const float value = load(weight, index);
   if (!owner.data) return value;
-  const float share = weight_share(owner, index, expert, experts);
-  if (!init || !init->data) return value * share;
+  const float owned = weight_ownership(owner, index, expert, experts);
+  if (!init || !init->data) return value * owned;
   const float start = load(*init, index);
-  return start + (value - start) * share;
+  return start + (value - start) * owned;
 }
 
 // Column `index` of the group's bias: its expert's row of [experts, columns], or the mean of all rows.

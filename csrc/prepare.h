@@ -22,10 +22,7 @@ MOSA_INLINE int expert_of(const Arguments& a, int64_t group, int projection) {
 }
 
 // Blocks of one group: one for each padded rank, then the up-projection's, then its bias's.
-#ifdef __CUDACC__
-__host__ __device__
-#endif
-inline int64_t prepare_blocks(int64_t padded_width, int64_t padded_ranks) {
+MOSA_BOTH inline int64_t prepare_blocks(int64_t padded_width, int64_t padded_ranks) {
   return padded_ranks + (padded_width * padded_ranks + UP_WEIGHTS_A_BLOCK - 1) / UP_WEIGHTS_A_BLOCK +
       (padded_width + THREADS - 1) / THREADS;
 }

@@ -62,8 +62,6 @@ MOSA_KERNEL(backward_input, backward_input_block<T>)
 MOSA_KERNEL(backward_weight, backward_weight_block<T>)
 MOSA_KERNEL(finish, finish_block)
 
-int64_t padded(int64_t size) { return (size + TILE - 1) / TILE * TILE; }
-
 // Shared memory of TILE rows of h or t in the product's dtype.
 template <class T>
 int64_t hidden_bytes(const Sizes& s) {

@@ -98,9 +98,9 @@ def page() -> str:
     examples: dict[Row, str] = {}
     for family in FAMILIES:
         architectures = Counter(tag.split(".")[0] for tag in timm.list_models(pretrained=True, module=family))
-        for architecture, count in sorted(architectures.items()):
+        for architecture, number in sorted(architectures.items()):
             row = describe(family, make(architecture))
-            tags[row] += count
+            tags[row] += number
             examples.setdefault(row, architecture)
     ordered = sorted(tags, key=lambda row: (FAMILIES.index(row.family), row.block, -tags[row], astuple(row)))
 

@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers; nothing else imports Triton."""
+"""Triton kernels, and nothing else; mosa_fast.ops launches them. Only what imports this imports Triton."""

@@ -1,4 +1,4 @@
-"""What the forward and the backward kernels share: owned weight tiles, biases, activations, dropout.
+"""What the forward and the backward kernels have in common: owned weight tiles, biases, activations, dropout.
 
 Conventions: D is the width, r the bottleneck, E the experts of a projection; an id is -1 (merged) or an expert, and
 any other id owns nothing. Statistics and sums are float32. Tiles are padded to powers of two: columns past D or r are
@@ -39,26 +39,26 @@ def mask_if(mask, condition):
 
 
 @triton.jit
-def owned_share(owner, expert, inverse_experts):
+def ownership(owner, expert, inverse_experts):
     """How much of each weight the group uses: 1 or 0 for an expert, 1 / E merged. owner: int tile -> float32."""
-    share = tl.where(owner.to(tl.int32) == expert, 1.0, 0.0)
-    return tl.where(expert == MERGED, inverse_experts, share)
+    owned = tl.where(owner.to(tl.int32) == expert, 1.0, 0.0)
+    return tl.where(expert == MERGED, inverse_experts, owned)
 
 
 @triton.jit
 def weight_tile(weight_ptr, init_ptr, owner_ptr, offsets, mask, expert, inverse_experts, EVEN: tl.constexpr):
-    """The weights that the group computes with, W0 + (W - W0) * share, float32, made in registers.
+    """The weights that the group computes with, W0 + (W - W0) * ownership, float32, made in registers.
 
     Reads 4 bytes a weight, 1 more for its owner where the projection is split and 4 more for W0 where there is one.
     """
     weight = load_tile(weight_ptr + offsets, mask, EVEN).to(tl.float32)
     if owner_ptr is not None:
-        share = owned_share(load_tile(owner_ptr + offsets, mask, EVEN), expert, inverse_experts)
+        owned = ownership(load_tile(owner_ptr + offsets, mask, EVEN), expert, inverse_experts)
         if init_ptr is not None:
             init = load_tile(init_ptr + offsets, mask, EVEN).to(tl.float32)
-            weight = init + (weight - init) * share
+            weight = init + (weight - init) * owned
         else:
-            weight = weight * share
+            weight = weight * owned
     return weight
 
 
@@ -72,10 +72,10 @@ def bias_vector(bias_ptr, columns, valid, stride, expert, inverse_experts, EXPER
     if SPLIT:
         EXPERTS_PADDED: tl.constexpr = triton.next_power_of_2(EXPERTS)
         rows = tl.arange(0, EXPERTS_PADDED)
-        share = tl.where(rows < EXPERTS, owned_share(rows, expert, inverse_experts), 0.0)[:, None]
+        owned = tl.where(rows < EXPERTS, ownership(rows, expert, inverse_experts), 0.0)[:, None]
         pointers = bias_ptr + rows[:, None] * stride + columns[None, :]
-        table = tl.load(pointers, mask=(share != 0.0) & valid[None, :], other=0.0).to(tl.float32)
-        bias = tl.sum(table * share, axis=0)
+        table = tl.load(pointers, mask=(owned != 0.0) & valid[None, :], other=0.0).to(tl.float32)
+        bias = tl.sum(table * owned, axis=0)
     else:
         bias = tl.load(bias_ptr + columns, mask=valid, other=0.0).to(tl.float32)
     return bias

@@ -38,7 +38,7 @@ from mosa_fast.kernels.device_functions import (
 
 @triton.jit
 def backward_hidden(
-    grad_ptr,
+    grad_out_ptr,
     up_weight_ptr,
     up_bias_ptr,
     up_owner_ptr,
@@ -68,13 +68,13 @@ def backward_hidden(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_BOTTLENECK: tl.constexpr,
 ):
-    """For one group's rows write h and t; return t and p (float32) and each row's share of the scale's gradient."""
+    """For one group's rows write h and t; return t and p (float32) and each row's part of the scale's gradient."""
     EVEN_COLUMNS: tl.constexpr = WIDTH % BLOCK_COLUMNS == 0
     EVEN_WEIGHTS: tl.constexpr = EVEN_COLUMNS and BOTTLENECK == BLOCK_BOTTLENECK
     ranks = tl.arange(0, BLOCK_BOTTLENECK)
     rank_valid = ranks < BOTTLENECK
     expert = tl.load(experts_ptr + 2 * group + 1)
-    grad_rows = grad_ptr + out_rows[:, None] * WIDTH
+    grad_rows = grad_out_ptr + out_rows[:, None] * WIDTH
     grad_hidden = tl.zeros([BLOCK_ROWS, BLOCK_BOTTLENECK], tl.float32)  # a
     scale_rows = tl.zeros([BLOCK_ROWS], tl.float32)
     for start in range(0, WIDTH, BLOCK_COLUMNS):
@@ -129,7 +129,7 @@ def backward_hidden(
 
 @triton.jit(do_not_specialize=["rows_per_group", "tokens", "groups", "dropout_threshold"])
 def sparse_adapter_bwd_input_kernel(
-    grad_ptr,
+    grad_out_ptr,
     x_ptr,
     norm_weight_ptr,
     down_weight_ptr,
@@ -140,7 +140,7 @@ def sparse_adapter_bwd_input_kernel(
     down_owner_ptr,
     up_owner_ptr,
     experts_ptr,
-    scale_ptr,
+    scale_tensor_ptr,
     seed_ptr,
     stats_ptr,
     pre_ptr,
@@ -191,8 +191,8 @@ def sparse_adapter_bwd_input_kernel(
     in_rows = rows.to(tl.int64) if FORK else first_group.to(tl.int64) * rows_per_group + rows
     ranks = tl.arange(0, BLOCK_BOTTLENECK)
     rank_valid = ranks < BOTTLENECK
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr).to(tl.float32)
+    if scale_tensor_ptr is not None:
+        scale = tl.load(scale_tensor_ptr).to(tl.float32)
 
     grad_mean = tl.zeros([BLOCK_ROWS], tl.float32)  # mean(dn)
     grad_product_mean = tl.zeros([BLOCK_ROWS], tl.float32)  # mean(dn * x^)
@@ -201,7 +201,7 @@ def sparse_adapter_bwd_input_kernel(
     for index in range(groups_here):
         group = first_group + index
         grad_pre, pre, scale_part = backward_hidden(
-            grad_ptr,
+            grad_out_ptr,
             up_weight_ptr,
             up_bias_ptr,
             up_owner_ptr,
@@ -254,7 +254,7 @@ def sparse_adapter_bwd_input_kernel(
         if NEED_X:
             next_x = load_tile(x_rows + columns[None, :], columns[None, :] < WIDTH, EVEN_COLUMNS)
         if NEED_DIRECT and not FORK:
-            grad_rows = grad_ptr + in_rows[:, None] * WIDTH
+            grad_rows = grad_out_ptr + in_rows[:, None] * WIDTH
             next_grad = load_tile(grad_rows + columns[None, :], columns[None, :] < WIDTH, EVEN_COLUMNS)
         for start in range(0, WIDTH, BLOCK_COLUMNS):
             columns = start + tl.arange(0, BLOCK_COLUMNS)
@@ -279,7 +279,7 @@ def sparse_adapter_bwd_input_kernel(
                 if FORK:
                     out_rows = group.to(tl.int64) * rows_per_group + rows
                     if NEED_DIRECT:
-                        grad_tile = grad_ptr + out_rows[:, None] * WIDTH + columns[None, :]
+                        grad_tile = grad_out_ptr + out_rows[:, None] * WIDTH + columns[None, :]
                         direct += load_tile(grad_tile, column_valid[None, :], EVEN_COLUMNS).to(tl.float32)
                     grad_pre_rows = grad_pre_ptr + out_rows[:, None] * BOTTLENECK + ranks[None, :]
                     grad_pre_tile = tl.load(grad_pre_rows, mask=rank_valid[None, :], other=0.0)

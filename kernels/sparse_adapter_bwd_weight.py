@@ -26,12 +26,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mosa_fast.kernels.device_functions import load_tile, mask_if, owned_share, weight_tile
+from mosa_fast.kernels.device_functions import load_tile, mask_if, ownership, weight_tile
 
 
 @triton.jit(do_not_specialize=["rows_per_group", "groups", "pieces", "piece_rows", "segments_per_slice"])
 def sparse_adapter_bwd_weight_kernel(
-    grad_ptr,
+    grad_out_ptr,
     x_ptr,
     hidden_ptr,
     grad_pre_ptr,
@@ -43,7 +43,7 @@ def sparse_adapter_bwd_weight_kernel(
     down_owner_ptr,
     up_owner_ptr,
     experts_ptr,
-    scale_ptr,
+    scale_tensor_ptr,
     partial_ptr,
     up_sums_ptr,
     down_sums_ptr,
@@ -81,8 +81,8 @@ def sparse_adapter_bwd_weight_kernel(
     column_valid = columns < WIDTH
     ranks = tl.arange(0, BLOCK_BOTTLENECK)
     rank_valid = ranks < BOTTLENECK
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr).to(tl.float32)
+    if scale_tensor_ptr is not None:
+        scale = tl.load(scale_tensor_ptr).to(tl.float32)
     up_offsets = columns[:, None] * BOTTLENECK + ranks[None, :]
     up_valid = column_valid[:, None] & rank_valid[None, :]
     down_offsets = ranks[:, None] * WIDTH + columns[None, :]
@@ -112,7 +112,7 @@ def sparse_adapter_bwd_weight_kernel(
             tile_valid = row_valid[:, None] & column_valid[None, :]
             out_rows = out_start + rows
             in_rows = in_start + tl.minimum(rows, end_row - 1)
-            grad = tl.load(grad_ptr + out_rows[:, None] * WIDTH + columns[None, :], mask=tile_valid, other=0.0)
+            grad = tl.load(grad_out_ptr + out_rows[:, None] * WIDTH + columns[None, :], mask=tile_valid, other=0.0)
             x_tile = x_ptr + in_rows[:, None] * WIDTH + columns[None, :]
             x = load_tile(x_tile, column_valid[None, :], EVEN_COLUMNS)
             if norm_weight_ptr is not None:
@@ -142,7 +142,7 @@ def sparse_adapter_bwd_weight_kernel(
         up *= scale
         if up_owner_ptr is not None:
             owner = load_tile(up_owner_ptr + up_offsets, up_valid, EVEN_WEIGHTS)
-            up *= owned_share(owner, tl.load(experts_ptr + 2 * group + 1), 1.0 / UP_EXPERTS)
+            up *= ownership(owner, tl.load(experts_ptr + 2 * group + 1), 1.0 / UP_EXPERTS)
         if ACCUMULATE:
             up += tl.load(up_partial + up_offsets, mask=mask_if(up_valid, later), other=0.0)
         tl.store(up_partial + up_offsets, up, mask=up_valid)
@@ -173,7 +173,7 @@ def sparse_adapter_bwd_weight_kernel(
             product = product * norm_weight[None, :] + grad_bias[:, None] * norm_bias[None, :]
         if down_owner_ptr is not None:
             owner = load_tile(down_owner_ptr + down_offsets, down_valid, EVEN_WEIGHTS)
-            product *= owned_share(owner, down_expert, 1.0 / DOWN_EXPERTS)
+            product *= ownership(owner, down_expert, 1.0 / DOWN_EXPERTS)
         if ACCUMULATE:
             product += tl.load(down_partial + down_offsets, mask=mask_if(down_valid, later), other=0.0)
         tl.store(down_partial + down_offsets, product, mask=down_valid)
@@ -182,30 +182,30 @@ def sparse_adapter_bwd_weight_kernel(
 @triton.jit(do_not_specialize=["slices"])
 def sum_slices_kernel(
     partial_ptr,
-    grad_up_ptr,
-    grad_down_ptr,
+    grad_up_weight_ptr,
+    grad_down_weight_ptr,
     grad_norm_weight_ptr,
     grad_norm_bias_ptr,
     slices,
     WIDTH: tl.constexpr,
     BOTTLENECK: tl.constexpr,
-    BLOCK_SLICES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Stage 2 of the weights: partial `[S, 2 D r + 2 D]` summed over S and handed to the four gradients."""
+    """Stage 2 of the weights: partial `[S, 2 D r + 2 D]` summed over its S rows and handed to the four gradients."""
     WEIGHTS: tl.constexpr = WIDTH * BOTTLENECK
     PARTIAL: tl.constexpr = 2 * WEIGHTS + 2 * WIDTH
     offsets = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     # Without a norm its part of `partial` was never written.
     valid = offsets < (PARTIAL if grad_norm_weight_ptr is not None else 2 * WEIGHTS)
     total = tl.zeros([BLOCK_COLUMNS], tl.float32)
-    for start in range(0, slices, BLOCK_SLICES):
-        index = start + tl.arange(0, BLOCK_SLICES)
+    for start in range(0, slices, BLOCK_ROWS):
+        index = start + tl.arange(0, BLOCK_ROWS)
         tile = index.to(tl.int64)[:, None] * PARTIAL + offsets[None, :]
         total += tl.sum(tl.load(partial_ptr + tile, mask=(index < slices)[:, None] & valid[None, :], other=0.0), axis=0)
-    tl.store(grad_up_ptr + offsets, total, mask=offsets < WEIGHTS)
+    tl.store(grad_up_weight_ptr + offsets, total, mask=offsets < WEIGHTS)
     offsets -= WEIGHTS
-    tl.store(grad_down_ptr + offsets, total, mask=(offsets >= 0) & (offsets < WEIGHTS))
+    tl.store(grad_down_weight_ptr + offsets, total, mask=(offsets >= 0) & (offsets < WEIGHTS))
     if grad_norm_weight_ptr is not None:
         offsets -= WEIGHTS
         tl.store(grad_norm_weight_ptr + offsets, total, mask=(offsets >= 0) & (offsets < WIDTH))
@@ -215,7 +215,7 @@ def sum_slices_kernel(
 
 @triton.jit
 def _bias_rows(
-    sums_ptr, expert_ids_ptr, grad_ptr, block, segments, pieces, scale,
+    sums_ptr, expert_ids_ptr, grad_out_ptr, block, segments, pieces, scale,
     COLUMNS: tl.constexpr, EXPERTS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Gradient `[E, COLUMNS]` of a bias, for a block of columns, from the segments' sums."""
@@ -227,12 +227,12 @@ def _bias_rows(
         sums = tl.load(sums_ptr + columns, mask=columns < COLUMNS, other=0.0)
         sums_ptr += COLUMNS
         if SPLIT:
-            share = owned_share(experts, tl.load(expert_ids_ptr + 2 * (segment // pieces)), 1.0 / EXPERTS)
-            total += share[:, None] * sums[None, :]
+            owned = ownership(experts, tl.load(expert_ids_ptr + 2 * (segment // pieces)), 1.0 / EXPERTS)
+            total += owned[:, None] * sums[None, :]
         else:
             total += sums[None, :]
     tile = experts[:, None] * COLUMNS + columns[None, :]
-    tl.store(grad_ptr + tile, total * scale, mask=(experts < EXPERTS)[:, None] & (columns < COLUMNS)[None, :])
+    tl.store(grad_out_ptr + tile, total * scale, mask=(experts < EXPERTS)[:, None] & (columns < COLUMNS)[None, :])
 
 
 @triton.jit(do_not_specialize=["segments", "pieces", "programs"])
@@ -240,11 +240,11 @@ def sum_segments_kernel(
     up_sums_ptr,
     down_sums_ptr,
     experts_ptr,
-    scale_ptr,
+    scale_tensor_ptr,
     scale_partial_ptr,
     grad_up_bias_ptr,
     grad_down_bias_ptr,
-    grad_scale_ptr,
+    grad_scale_tensor_ptr,
     segments,
     pieces,
     programs,
@@ -259,14 +259,14 @@ def sum_segments_kernel(
 ):
     """Stage 2 of the biases and of the scale: programs for blocks of D, then of r, then one for the scale.
 
-    grad_up_bias: `[E, D]`, grad_down_bias: `[E, r]`, grad_scale: `[1]`. scale_partial: one number for each of the
-    input kernel's `programs`. Reads segments * (D + r) * 4 bytes.
+    grad_up_bias: `[E, D]`, grad_down_bias: `[E, r]`, grad_scale_tensor: one element. scale_partial: one number for each
+    of the input kernel's `programs`. Reads segments * (D + r) * 4 bytes.
     """
     UP_BLOCKS: tl.constexpr = triton.cdiv(WIDTH, BLOCK_COLUMNS)
     DOWN_BLOCKS: tl.constexpr = triton.cdiv(BOTTLENECK, BLOCK_COLUMNS)
     block = tl.program_id(0)
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr).to(tl.float32)
+    if scale_tensor_ptr is not None:
+        scale = tl.load(scale_tensor_ptr).to(tl.float32)
     if block < UP_BLOCKS:
         _bias_rows(
             up_sums_ptr, experts_ptr + 1, grad_up_bias_ptr, block, segments, pieces, scale,
@@ -277,9 +277,9 @@ def sum_segments_kernel(
             down_sums_ptr, experts_ptr, grad_down_bias_ptr, block - UP_BLOCKS, segments, pieces, 1.0,
             BOTTLENECK, DOWN_EXPERTS, DOWN_SPLIT, BLOCK_COLUMNS,
         )  # fmt: skip
-    elif grad_scale_ptr is not None:
+    elif grad_scale_tensor_ptr is not None:
         index = tl.arange(0, BLOCK_COLUMNS)
         total = tl.zeros([BLOCK_COLUMNS], tl.float32)
         for start in range(0, programs, BLOCK_COLUMNS):
             total += tl.load(scale_partial_ptr + start + index, mask=start + index < programs, other=0.0)
-        tl.store(grad_scale_ptr, tl.sum(total, axis=0))
+        tl.store(grad_scale_tensor_ptr, tl.sum(total, axis=0))

@@ -28,9 +28,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from mosa_fast.kernels import launching, tuning
 from mosa_fast.kernels.device_functions import (
     READ_AGAIN,
     READ_ONCE,
@@ -41,7 +39,6 @@ from mosa_fast.kernels.device_functions import (
     mask_if,
     weight_tile,
 )
-from mosa_fast.kernels.problem import Problem
 
 
 @triton.jit(do_not_specialize=["rows_per_group", "tokens", "groups", "dropout_threshold"])
@@ -58,7 +55,7 @@ def sparse_adapter_fwd_kernel(
     down_owner_ptr,
     up_owner_ptr,
     experts_ptr,
-    scale_ptr,
+    scale_tensor_ptr,
     seed_ptr,
     out_ptr,
     stats_ptr,
@@ -178,8 +175,8 @@ def sparse_adapter_fwd_kernel(
     hidden = hidden.to(PRODUCT)
 
     # Pass 2: back to D columns.
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr).to(tl.float32)
+    if scale_tensor_ptr is not None:
+        scale = tl.load(scale_tensor_ptr).to(tl.float32)
     # x and skip are read one block ahead, so that memory is busy while the product of this block is computed.
     columns = tl.arange(0, BLOCK_COLUMNS)
     if ADD_INPUT:
@@ -225,52 +222,3 @@ def sparse_adapter_fwd_kernel(
             update += skip.to(tl.float32)
         out_tile = out_ptr + out_rows[:, None] * WIDTH + columns[None, :]
         tl.store(out_tile, update.to(out_ptr.dtype.element_ty), mask=row_valid[:, None] & column_valid[None, :])
-
-
-def sparse_adapter_fwd(problem: Problem, skip: Tensor | None, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run the forward.
-
-    Args:
-        problem: everything but the skip.
-        skip: the shape of x, or None.
-        save: also write what backward needs.
-
-    Returns:
-        out: `[M, D]`, the promoted dtype of x and skip.
-        stats: float32 `[T, 2]`, mean and 1 / std of every row of x; `[0, 2]` unless saved and normed.
-        pre: `[M, r]` in the product dtype, the projection without its biases; `[0, r]` unless saved.
-        vectors: float32 `[V, 2, r]`, e and w above (w = 0 without a norm); `[0, 2, r]` unless saved.
-    """
-    p = problem
-    rows, width, bottleneck = p.out_rows, p.width, p.bottleneck
-    out_dtype = p.x.dtype if skip is None else p.promoted(skip)
-    device = p.x.device
-    out = launching.empty((rows, width), out_dtype, device)
-    stats = launching.empty((p.in_rows if save and p.norm_weight is not None else 0, 2), p.sum_dtype, device)
-    pre = launching.empty((rows if save else 0, bottleneck), p.product_dtype, device)
-    vectors = launching.empty((p.groups if save else 0, 2, bottleneck), p.sum_dtype, device)
-    if not rows:
-        vectors.zero_()  # no program comes to write it
-        return out, stats, pre, vectors
-
-    def run(tile: tuning.Tile) -> None:
-        launching.launch(
-            sparse_adapter_fwd_kernel,
-            (triton.cdiv(p.rows_per_group, tile.rows) * p.groups,),
-            tile,
-            **p.arguments(),
-            skip_ptr=skip,
-            norm_bias_ptr=p.norm_bias,
-            out_ptr=out,
-            stats_ptr=stats if stats.numel() else None,
-            pre_ptr=pre if save else None,
-            vectors_ptr=vectors if save else None,
-            eps=p.eps,
-            ADD_INPUT=p.add_input,
-            BLOCK_ROWS=tile.rows,
-            BLOCK_COLUMNS=tile.columns,
-            BLOCK_BOTTLENECK=p.block_bottleneck,
-        )
-
-    run(tuning.choose("forward", p, run))
-    return out, stats, pre, vectors

@@ -1,14 +1,19 @@
-"""`python -m mosa_fast.info`: versions, devices, and which backends can serve here, or why not."""
+"""`python -m mosa_fast.info [--config RECIPE] [--section.key value ...]`: what is here, or what a run would train.
+
+Without options: versions, devices, and which backends can serve here, or why not. With a run's options: its table of
+trained, stored and merged weights, made without weights, data or a GPU.
+"""
 
 from __future__ import annotations
 
+import argparse
 import platform
+import sys
 from importlib import metadata
 
-import torch
-
 import mosa_fast
-from mosa_fast.ops.backends import BACKENDS, get_backend, unavailable_reason
+from mosa_fast.command_line import one_line_errors, parse
+from mosa_fast.config import TrainConfig
 
 
 def version(package: str) -> str:
@@ -21,6 +26,8 @@ def version(package: str) -> str:
 
 def devices() -> list[str]:
     """One line for every GPU that torch sees."""
+    import torch
+
     lines = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -32,7 +39,11 @@ def devices() -> list[str]:
 
 
 def describe() -> str:
-    """The whole report."""
+    """The report on this machine."""
+    import torch
+
+    from mosa_fast.ops.backends import BACKENDS, get_backend, unavailable_reason
+
     rows = [
         ("mosa_fast", mosa_fast.__version__),
         ("python", platform.python_version()),
@@ -49,5 +60,43 @@ def describe() -> str:
     return "\n".join(f"{name:18} {value}" for name, value in rows)
 
 
+def weights(config: TrainConfig) -> str:
+    """The table of a run's weights.
+
+    Raises:
+        ValueError: the backbone cannot be made as the run wants it, or the number of classes is not known.
+    """
+    import torch
+
+    from mosa_fast.adapters.summary import summary
+    from mosa_fast.backbones.create import input_size
+    from mosa_fast.data import class_count
+    from mosa_fast.training.model import build_model
+
+    config.model.pretrained = False
+    config.data.image_size = config.data.image_size or input_size(config.model)
+    with torch.device("meta"):
+        model = build_model(config, class_count(config.data))
+    return f"method {config.method} on {config.model.name}\n{summary(model)}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the report on this machine, or the table of a run."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mosa_fast.info",
+        description="What is here: versions, devices, backends. With a run's options: the weights that it trains.",
+        epilog="Other options are those of mosa_fast.train.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="append", help="recipe of a run, or its name as in fgvc/cub")
+    options, others = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
+    with one_line_errors():
+        if options.config is None and not others:
+            print(describe())
+            return
+        recipes = [word for recipe in options.config or () for word in ("--config", recipe)]
+        print(weights(parse([*recipes, *others])[0]))
+
+
 if __name__ == "__main__":
-    print(describe())
+    main()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,14 @@ from unittest import mock
 
 import torch
 import triton
+from kernel_cases import shape_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mosa_fast.kernels import launching, tuning
-from mosa_fast.kernels import sparse_adapter_bwd as sparse_adapter_bwd_module
-from mosa_fast.kernels.sparse_adapter import Problem, sparse_adapter_bwd, sparse_adapter_fwd
+from mosa_fast.ops import launching, sparse_adapter_triton, triton_launching, triton_tiles
+from mosa_fast.ops.call import SparseAdapterCall
+from mosa_fast.ops.sparse_adapter import results
+from mosa_fast.ops.triton_tiles import Tile
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -44,7 +46,7 @@ class Launch:
     """One recorded launch."""
 
     kernel: Any
-    tile: tuning.Tile
+    tile: Tile
     arguments: dict[str, Any]
 
 
@@ -53,7 +55,7 @@ class Compiled:
     """What a compiler made of a launch. shared: bytes; local, stack: bytes of spills; sass: instructions."""
 
     name: str
-    tile: tuning.Tile
+    tile: Tile
     shared: int
     registers: int = 0
     local: int = 0
@@ -65,7 +67,7 @@ class Compiled:
         return len(re.findall(rf"\b{mnemonic}\b", self.sass))
 
 
-def problem(
+def call(
     width: int = 768,
     bottleneck: int = 64,
     dtype: torch.dtype = torch.bfloat16,
@@ -80,31 +82,27 @@ def problem(
     fork: bool = False,
     scale_tensor: bool = False,
     tokens: int = 197,
-) -> Problem:
-    """A problem without data: by default the costliest one, both projections split, norm, gelu and dropout."""
+) -> SparseAdapterCall:
+    """A call without data: by default the costliest one, both projections split, norm, gelu and dropout."""
 
-    def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def tensor(*shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    rows = experts if split else 1
-    return Problem(
-        x=tensor(2 * groups, tokens, width, dtype=dtype),
-        norm_weight=tensor(width) if norm else None,
-        norm_bias=tensor(width) if norm else None,
-        down_weight=tensor(bottleneck, width),
-        down_bias=tensor(rows, bottleneck),
-        up_weight=tensor(width, bottleneck),
-        up_bias=tensor(rows, width),
-        down_init=tensor(bottleneck, width) if split else None,
-        down_owner=tensor(bottleneck, width, dtype=torch.uint8) if split else None,
-        up_owner=tensor(width, bottleneck, dtype=torch.uint8) if split else None,
-        experts=tensor(groups, 2, dtype=torch.int32),
-        scale_tensor=tensor(1) if scale_tensor else None,
-        seed=tensor(2, dtype=torch.int64) if dropout else None,
+    sizes = {"...": (2 * groups, tokens), "D": width, "r": bottleneck, "V": groups, "E": experts if split else 1}
+    given = {
+        "scale_tensor": tensor(1) if scale_tensor else None,
+        "seed": tensor(2, dtype=torch.int64) if dropout else None,
+    }
+    for name, facts in SparseAdapterCall.TENSORS.items():
+        if name not in given:
+            wanted = norm if name.startswith("norm") else split if name.endswith(("init", "owner")) else True
+            inputs = dtype if facts.gradient == "input" else torch.float32
+            given[name] = tensor(*shape_of(facts, sizes), dtype=facts.dtype or inputs) if wanted else None
+    return SparseAdapterCall(
+        **given,
         activation=activation,
         scale=0.1,
         dropout=dropout,
-        dropout_threshold=int(dropout * 2**32),
         add_input=True,
         fork=fork,
         eps=1e-6,
@@ -113,39 +111,33 @@ def problem(
 
 
 @contextmanager
-def recording(architecture: str, tile: tuning.Tile | None = None) -> Iterator[list[Launch]]:
-    """Record launches instead of running them, with the tiles of this architecture (or one given tile)."""
+def recording(architecture: str) -> Iterator[list[Launch]]:
+    """Record launches instead of running them, with the tiles of this architecture."""
     launches: list[Launch] = []
 
-    def record(kernel: Any, grid: tuple[int, ...], tile: tuning.Tile, **arguments: Any) -> None:
+    def record(kernel: Any, grid: tuple[int, ...], tile: Tile, arguments: dict[str, Any]) -> None:
+        arguments = arguments | {"BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns}
         launches.append(Launch(kernel, tile, arguments))
 
-    choose: Callable[..., tuning.Tile] = tuning.choose
-    if tile is not None:
-        choose = lambda *_: tile  # noqa: E731
     with (
-        mock.patch.object(launching, "launch", record),
-        mock.patch.object(tuning, "architecture", return_value=architecture),
-        mock.patch.object(tuning, "choose", choose),
-        mock.patch.object(sparse_adapter_bwd_module, "multiprocessors", return_value=MULTIPROCESSORS),
+        mock.patch.object(triton_launching, "launch", record),
+        mock.patch.object(triton_tiles, "architecture_of", return_value=architecture),
+        mock.patch.object(launching, "multiprocessors", return_value=MULTIPROCESSORS),
     ):
         yield launches
 
 
-def launches(p: Problem, architecture: str, *, skip: bool = True, tile: tuning.Tile | None = None) -> list[Launch]:
-    """What a forward and a backward of this problem launch."""
-    with recording(architecture, tile) as recorded:
-        skip_tensor = torch.empty_like(p.x) if skip else None
-        out, *saved = sparse_adapter_fwd(p, skip_tensor, save=True)
-        sparse_adapter_bwd(
-            p,
-            out,
-            *saved,
-            need_x=True,
-            skip_dtype=p.x.dtype if skip and p.fork else None,
-            need_parameters=True,
-            need_scale=p.scale_tensor is not None,
-        )
+def launches(c: SparseAdapterCall, architecture: str) -> list[Launch]:
+    """What a forward and a backward of this call launch, with every gradient wanted."""
+    with recording(architecture) as recorded:
+        out, *saved = results(c, save=True)
+        sparse_adapter_triton.forward(c, out, saved)
+        gradients = {
+            name: torch.empty_like(value)
+            for name, value in c.tensors().items()
+            if value is not None and c.TENSORS[name].gradient is not None and (name != "skip" or c.fork)
+        }
+        sparse_adapter_triton.backward(c, out, saved, gradients)
     return recorded
 
 

@@ -6,9 +6,8 @@ kernels' own dtype. Errors are relative RMS, over the output and every gradient.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
@@ -16,22 +15,15 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from mosa_fast.ops import backend, cuda, sparse_adapter
+from mosa_fast.ops import backend, launching, sparse_adapter
+from mosa_fast.ops.call import SparseAdapterCall, TensorFacts
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 EAGER_FACTOR = 2.0  # kernels may be at most this much worse than eager PyTorch in the same dtype
 # Below this luck decides: one rounding to 16 bits, or eight to 32.
 EAGER_FLOOR = {torch.float32: 8 * 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
-DIFFERENTIABLE = (
-    "x",
-    "skip",
-    "norm_weight",
-    "norm_bias",
-    "down_weight",
-    "down_bias",
-    "up_weight",
-    "up_bias",
-    "scale",
+DIFFERENTIABLE = tuple(
+    name.removesuffix("_tensor") for name, facts in SparseAdapterCall.TENSORS.items() if facts.gradient is not None
 )
 
 
@@ -114,28 +106,17 @@ def make(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str
     """Arguments of the operator: activations in `dtype`, weights in float32."""
     c = case
     generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=generator) * scale).to(device)
-
-    def owner(wanted: bool, *shape: int) -> Tensor | None:
-        made = torch.randint(c.experts, shape, generator=generator, dtype=torch.int32).to(torch.uint8)
-        return made.to(device) if wanted else None
-
-    shape = (c.samples, *(c.shape or (c.tokens,)), c.width)
-    skip_dtype = c.skip_dtype or dtype
-    arguments = {
-        "x": (random(*shape) + c.offset).to(dtype),
-        "skip": random(*shape).to(skip_dtype) if c.skip else None,
-        "norm_weight": 1 + random(c.width, scale=0.2) if c.norm else None,
-        "norm_bias": random(c.width, scale=0.2) if c.norm else None,
-        "down_weight": random(c.bottleneck, c.width, scale=c.width**-0.5),
-        "down_bias": random(c.experts if c.split_down else 1, c.bottleneck, scale=0.2),
-        "up_weight": random(c.width, c.bottleneck, scale=c.bottleneck**-0.5),
-        "up_bias": random(c.experts if c.split_up else 1, c.width, scale=0.2),
-        "down_init": random(c.bottleneck, c.width, scale=c.width**-0.5) if c.init else None,
-        "down_owner": owner(c.split_down, c.bottleneck, c.width),
-        "up_owner": owner(c.split_up, c.width, c.bottleneck),
+    sizes = {"...": (c.samples, *(c.shape or (c.tokens,))), "D": c.width, "r": c.bottleneck}
+    experts = {"down_bias": c.experts if c.split_down else 1, "up_bias": c.experts if c.split_up else 1}
+    given = {
+        "skip": c.skip,
+        "norm_weight": c.norm,
+        "norm_bias": c.norm,
+        "down_init": c.init,
+        "down_owner": c.split_down,
+        "up_owner": c.split_up,
+    }
+    arguments: dict[str, Any] = {
         "experts": torch.tensor(c.groups, dtype=torch.int32, device=device),
         "activation": c.activation,
         "scale": c.scale.to(device, copy=True) if isinstance(c.scale, Tensor) else c.scale,
@@ -145,7 +126,33 @@ def make(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str
         "fork": c.fork,
         "eps": 1e-5,
     }
+    for name, facts in SparseAdapterCall.TENSORS.items():
+        if facts.shape is None or name in arguments:
+            continue
+        shape = shape_of(facts, sizes | {"E": experts.get(name)})
+        if facts.dtype == torch.uint8:
+            made = torch.randint(c.experts, shape, generator=generator, dtype=torch.int32).to(torch.uint8)
+        else:
+            made = torch.randn(shape, generator=generator)
+            if name == "x":
+                made = (made + c.offset).to(dtype)
+            elif name == "skip":
+                made = made.to(c.skip_dtype or dtype)
+            else:
+                # Weights keep a row's size; vectors are small, around one for the norm's weight.
+                made *= shape[-1] ** -0.5 if facts.shape in (("r", "D"), ("D", "r")) else 0.2
+                made += name == "norm_weight"
+        arguments[name] = made.to(device) if given.get(name, True) else None
     return arguments
+
+
+def shape_of(facts: TensorFacts, sizes: dict[str, Any]) -> tuple[int, ...]:
+    """A tensor's shape, with numbers in place of letters."""
+    shape: list[int] = []
+    for letter in facts.shape:
+        size = sizes.get(letter, letter)
+        shape += size if isinstance(size, tuple) else [size]
+    return tuple(shape)
 
 
 def run(
@@ -218,12 +225,7 @@ def poisoned() -> Iterator[None]:
     def filled(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.full(shape, float("nan"), dtype=dtype, device=device)
 
-    with ExitStack() as patches:
-        patches.enter_context(mock.patch.object(cuda, "empty", filled))
-        if importlib.util.find_spec("triton"):
-            from mosa_fast.kernels import launching
-
-            patches.enter_context(mock.patch.object(launching, "empty", filled))
+    with mock.patch.object(launching, "empty", filled):
         yield
 
 

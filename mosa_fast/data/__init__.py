@@ -68,27 +68,44 @@ _WHERE = {
 }
 
 
-def tasks(family: str) -> tuple[str, ...]:
-    """The data sets of a family, as `data.task` names them; none where a family is one data set."""
-    if family == "fgvc":
-        from mosa_fast.data.fgvc import SETS
+def class_count(config: DataConfig) -> int:
+    """Number of classes of the data set that a configuration names, as published; of a folder, those that it holds.
 
-        return (*SETS, "multitask")
+    Raises:
+        ValueError: there is no such data set.
+    """
+    _check_family(config)
+    if config.name == "digits":
+        return 10
+    if config.task is not None:
+        return tasks(config.name)[config.task]
+    train = Path(config.root or "").expanduser() / "train"
+    if config.root is None or not train.is_dir():
+        raise ValueError(f"data.root is needed: {_WHERE[config.name]}")
+    return sum(entry.is_dir() for entry in train.iterdir())
+
+
+def tasks(family: str) -> dict[str, int]:
+    """The data sets of a family, as `data.task` names them, with their numbers of classes; none where it is one."""
+    if family == "fgvc":
+        from mosa_fast.data.fgvc import MULTITASK_CLASSES, SETS
+
+        return {name: known.classes for name, known in SETS.items()} | {"multitask": MULTITASK_CLASSES}
     if family == "vtab":
         from mosa_fast.data.vtab import TASKS
 
-        return tuple(TASKS)
+        return TASKS
     if family == "gicd":
         from mosa_fast.data.gicd import TASKS
 
-        return tuple(TASKS)
-    return ()
+        return TASKS
+    return {}
 
 
 def _check_family(config: DataConfig) -> None:
     choices = tasks(config.name)
     if choices:
-        check_choice("data.task", config.task, choices)
+        check_choice("data.task", config.task, tuple(choices))
     defaults = DataConfig()
     for option, facts in facts_of(DataConfig).items():
         is_set = getattr(config, option) != getattr(defaults, option)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 SOURCES = ("sparse_adapter.cu", "binding.cpp")
 PREFIX = "_C_torch_"
@@ -83,6 +84,31 @@ def operators() -> Any:
     else:
         _build()
     return torch.ops.mosa_fast_cuda
+
+
+@lru_cache
+def _names(kind: str) -> tuple[str, ...]:
+    """The names of the extension's arrays, sizes or numbers, in its order."""
+    return tuple(operators().names(kind))
+
+
+def run(operation: str, arrays: dict[str, Tensor | None], sizes: dict[str, int], numbers: dict[str, float]) -> None:
+    """Run "forward" or "backward" on what csrc/arguments.h lists, by name; it checks shapes and dtypes.
+
+    An array may be left out, or be None, where the extension can do without it.
+
+    Raises:
+        RuntimeError: the extension has no such name, or misses one.
+    """
+    every_array = dict.fromkeys(_names("arrays")) | arrays
+    ordered: list[list[Any]] = []
+    for kind, given in (("arrays", every_array), ("sizes", sizes), ("numbers", numbers)):
+        names = _names(kind)
+        if len(given) != len(names) or any(name not in given for name in names):
+            wrong = ", ".join(sorted(set(names) ^ given.keys()))
+            raise RuntimeError(f"the CUDA C++ extension and Python differ in {kind}: {wrong}")
+        ordered.append([given[name] for name in names])
+    getattr(operators(), operation)(*ordered)
 
 
 def file_stem() -> str:

@@ -7,9 +7,9 @@ For group v with experts (d, u), M tokens x in R^[M, D]:
     y = drop(h) W_up[u]^T + b_up[u]                 [M, D]
     out = (x) + (skip) + scale * y
 
-with W[e] = W0 + (W - W0) * [owner == e] and, for the merged id -1, W0 + (W - W0) / E (METHOD: Weights and gradients,
-Merge). Everything is differentiable by autograd, so this file also defines the gradients: an expert's weights get
-one only where it owns them.
+with W[e] = W0 + (W - W0) * [owner == e] and, for the merged id -1, W0 + (W - W0) / E (docs/method.md, Weights and
+gradients, Merge). Everything is differentiable by autograd, so this file also defines the gradients: an expert's
+weights get one only where it owns them.
 """
 
 from __future__ import annotations
@@ -20,72 +20,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mosa_fast.ops.call import SparseAdapterCall
 from mosa_fast.ops.philox import dropout_keep
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 MERGED = -1  # the expert id that means: all of them, averaged
 
 
-def sparse_adapter(
-    x: Tensor,
-    skip: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    down_weight: Tensor,
-    down_bias: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor,
-    down_init: Tensor | None,
-    down_owner: Tensor | None,
-    up_owner: Tensor | None,
-    experts: Tensor,
-    *,
-    activation: str,
-    scale: float | Tensor,
-    dropout: float,
-    seed: Tensor,
-    add_input: bool,
-    fork: bool,
-    eps: float,
-) -> Tensor:
-    """`mosa_fast.ops.sparse_adapter` on checked arguments; see there."""
-    product_dtype = compute_dtype(x)
+def sparse_adapter(call: SparseAdapterCall) -> Tensor:
+    """`mosa_fast.ops.sparse_adapter` on a checked call."""
+    c, x = call, call.x
     sum_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    groups, width = experts.shape[0], x.shape[-1]
-    samples = x.shape[0] if fork else x.shape[0] // groups
-    tokens = x[0].numel() // width if x.shape[0] else 1
+    samples = x.shape[0] if c.fork else x.shape[0] // c.groups
 
     with torch.autocast(x.device.type, enabled=False):
         # [1, M, D] when all groups read the same tokens, else [groups, M, D].
-        streams = x.reshape(1 if fork else groups, samples * tokens, width)
+        streams = x.reshape(1 if c.fork else c.groups, samples * c.tokens, c.width)
         normed = streams.to(sum_dtype)
-        if norm_weight is not None and norm_bias is not None:
-            normed = F.layer_norm(normed, (width,), norm_weight.to(sum_dtype), norm_bias.to(sum_dtype), eps)
+        if c.norm_weight is not None and c.norm_bias is not None:
+            normed = F.layer_norm(normed, (c.width,), c.norm_weight.to(sum_dtype), c.norm_bias.to(sum_dtype), c.eps)
 
-        down = expert_weight(down_weight, down_init, down_owner, experts[:, 0], down_bias.shape[0])
-        bias = expert_bias(down_bias, down_owner, experts[:, 0])
-        hidden = ACTIVATIONS[activation](project(normed.to(product_dtype), down.to(product_dtype), bias.to(sum_dtype)))
-        if dropout > 0:
-            keep = dropout_keep(seed, dropout, groups, samples, tokens, hidden.shape[-1])
-            hidden = hidden * keep.flatten(1, 2) / (1 - dropout)
+        down = expert_weight(c.down_weight, c.down_init, c.down_owner, c.experts[:, 0], c.down_bias.shape[0])
+        bias = expert_bias(c.down_bias, c.down_owner, c.experts[:, 0])
+        pre = project(normed.to(c.product_dtype), down.to(c.product_dtype), bias.to(sum_dtype))
+        hidden = ACTIVATIONS[c.activation](pre)
+        if c.seed is not None:
+            keep = dropout_keep(c.seed, c.dropout, c.groups, samples, c.tokens, c.bottleneck)
+            hidden = hidden * keep.flatten(1, 2) / (1 - c.dropout)
 
-        up = expert_weight(up_weight, None, up_owner, experts[:, 1], up_bias.shape[0])
-        bias = expert_bias(up_bias, up_owner, experts[:, 1])
-        out = project(hidden.to(product_dtype), up.to(product_dtype), bias.to(sum_dtype)) * scale
-        if add_input:
+        up = expert_weight(c.up_weight, None, c.up_owner, c.experts[:, 1], c.up_bias.shape[0])
+        bias = expert_bias(c.up_bias, c.up_owner, c.experts[:, 1])
+        out = project(hidden.to(c.product_dtype), up.to(c.product_dtype), bias.to(sum_dtype))
+        out = out * (c.scale if c.scale_tensor is None else c.scale_tensor)
+        if c.add_input:
             out += streams
-        if skip is not None:
-            out += skip.reshape(streams.shape)
-        out_dtype = x.dtype if skip is None else torch.promote_types(x.dtype, skip.dtype)
-        return out.expand(groups, -1, -1).reshape(groups * samples, *x.shape[1:]).to(out_dtype)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Dtype of the matrix products: autocast's where it is on (it leaves float64 alone), else x's."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+        if c.skip is not None:
+            out += c.skip.reshape(streams.shape)
+        return out.expand(c.groups, -1, -1).reshape(c.out_samples, *x.shape[1:]).to(c.out_dtype)
 
 
 def ownership(owner: Tensor, ids: Tensor, experts: int, dtype: torch.dtype) -> Tensor:
@@ -98,8 +69,8 @@ def expert_weight(weight: Tensor, init: Tensor | None, owner: Tensor | None, ids
     """The weights that each group computes with: `[V, out, in]`, or `[1, out, in]` for a dense projection."""
     if owner is None:
         return weight.unsqueeze(0)
-    share = ownership(owner, ids, experts, weight.dtype)
-    return weight * share if init is None else init + (weight - init) * share
+    owned = ownership(owner, ids, experts, weight.dtype)
+    return weight * owned if init is None else init + (weight - init) * owned
 
 
 def expert_bias(bias: Tensor, owner: Tensor | None, ids: Tensor) -> Tensor:

@@ -1,208 +1,227 @@
-"""The operator `mosa_fast::sparse_adapter` and its backward, registered with torch.library.
+"""Operators registered with torch.library, forward and backward: schemas, fakes and autograd, by a `Call`'s fields.
 
-Schemas, fakes (shapes without data), autograd, and the choice of kernels by the backend's name. Tensors come first in
-the schemas; what the reference takes as `scale: float | Tensor` is two arguments here, since schemas have no unions.
-Nothing of a backend is imported before its first call. The reference needs none of this: autograd differentiates it.
+The forward `mosa_fast::NAME` takes the call's arguments, `save` and the backend's name, and returns its output and what
+backward needs. The backward `mosa_fast::NAME_backward` returns the gradients that are asked for. The reference needs
+none of this: autograd differentiates it. Nothing of a backend is imported before its first call.
+
+torch.library.custom_op would do the same with less code of ours. For every call it fills in default values that no
+argument has, in time that grows with the square of their number: 90 microseconds of Python for an adapter, more than
+all the rest. So the autograd formula is registered one level below it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mosa_fast.ops.philox import dropout_threshold
+from mosa_fast.ops import launching
+from mosa_fast.ops.call import Call
 
-TENSORS = (
-    "x",
-    "skip",
-    "norm_weight",
-    "norm_bias",
-    "down_weight",
-    "down_bias",
-    "up_weight",
-    "up_bias",
-    "down_init",
-    "down_owner",
-    "up_owner",
-    "experts",
-    "scale_tensor",
-    "seed",
-)
-PARAMETERS = ("norm_weight", "norm_bias", "down_weight", "down_bias", "up_weight", "up_bias")
-OPTIONS = ("activation", "scale", "dropout", "add_input", "fork", "eps", "product_dtype")
-_TENSOR_SCHEMA = (
-    "Tensor x, Tensor? skip, Tensor? norm_weight, Tensor? norm_bias, Tensor down_weight, Tensor down_bias, "
-    "Tensor up_weight, Tensor up_bias, Tensor? down_init, Tensor? down_owner, Tensor? up_owner, Tensor experts, "
-    "Tensor? scale_tensor, Tensor? seed"
-)
-_OPTION_SCHEMA = (
-    "str activation, float scale, float dropout, bool add_input, bool fork, float eps, ScalarType product_dtype"
-)
+NAMESPACE = "mosa_fast"
+KERNELS = {"triton": ("sparse_adapter",), "cuda": ("sparse_adapter",)}  # operators that a backend has kernels for
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-@torch.library.custom_op(
-    "mosa_fast::sparse_adapter",
-    mutates_args=(),
-    schema=f"({_TENSOR_SCHEMA}, {_OPTION_SCHEMA}, bool save, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def sparse_adapter_op(*arguments: Any) -> tuple[Tensor, ...]:
-    """Forward: out, and what backward needs (`stats`, `pre`, `vectors`; without rows unless `save`).
+class Operator:
+    """One operator.
 
-    out is `[N, ..., D]`, the others as `mosa_fast.kernels.sparse_adapter_fwd` describes them.
+    Args:
+        name: in torch.ops.mosa_fast, and of the modules that launch it (`launching.py`).
+        call: what it is called with.
+        saved: names of the tensors that the forward returns for backward.
+        results: memory for the output and for the saved tensors; the latter without elements unless asked for (`save`).
+            It is the fake as well, so that it may ask for shapes and dtypes only.
     """
-    *inputs, save, backend = arguments
-    skip = inputs[TENSORS.index("skip")]
-    kernels = _kernels(backend)
-    problem = _problem(kernels, inputs)
-    with torch.cuda.device_of(problem.x):  # kernels run on the current device
-        out, *saved = kernels.sparse_adapter_fwd(problem, None if skip is None else skip.contiguous(), save)
-    return out.view(_out_shape(problem.x, problem.experts, problem.fork)), *saved
 
-
-@sparse_adapter_op.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    *inputs, save, _backend = arguments
-    named = dict(zip(TENSORS + OPTIONS, inputs, strict=True))
-    x, skip, experts = named["x"], named["skip"], named["experts"]
-    bottleneck = named["down_weight"].shape[0]
-    shape = _out_shape(x, experts, named["fork"])
-    out = x.new_empty(shape, dtype=x.dtype if skip is None else torch.promote_types(x.dtype, skip.dtype))
-    sums = torch.float32
-    normed = save and named["norm_weight"] is not None
-    return (
-        out,
-        x.new_empty((x.numel() // x.shape[-1] if normed else 0, 2), dtype=sums),
-        x.new_empty((out.numel() // x.shape[-1] if save else 0, bottleneck), dtype=named["product_dtype"]),
-        x.new_empty((experts.shape[0] if save else 0, 2, bottleneck), dtype=sums),
-    )
-
-
-@torch.library.custom_op(
-    "mosa_fast::sparse_adapter_backward",
-    mutates_args=(),
-    schema=(
-        f"({_TENSOR_SCHEMA}, Tensor grad_out, Tensor stats, Tensor pre, Tensor vectors, {_OPTION_SCHEMA}, "
-        "bool need_x, ScalarType? skip_dtype, bool need_parameters, bool need_scale, str backend) -> Tensor[]"
-    ),
-)
-def sparse_adapter_backward_op(*arguments: Any) -> list[Tensor]:
-    """Backward: the gradients of x, of skip (forked only), of PARAMETERS and of scale, in that order.
-
-    Only those that were asked for are in the list; a norm that is absent has no gradients. The skip itself is never
-    read (None is passed): skip_dtype says that its gradient is wanted, and in what.
-    """
-    inputs, (grad_out, stats, pre, vectors), options, needs, backend = _split_backward(arguments)
-    need_x, skip_dtype, need_parameters, need_scale = needs
-    kernels = _kernels(backend)
-    with torch.cuda.device_of(grad_out):  # kernels run on the current device
-        gradients = kernels.sparse_adapter_bwd(
-            _problem(kernels, [*inputs, *options]),
-            grad_out.contiguous(),
-            stats.contiguous(),
-            pre.contiguous(),
-            vectors.contiguous(),
-            need_x=need_x,
-            skip_dtype=skip_dtype,
-            need_parameters=need_parameters,
-            need_scale=need_scale,
+    def __init__(
+        self,
+        name: str,
+        call: type[Call],
+        saved: Sequence[str],
+        results: Callable[[Any, bool], tuple[Tensor, ...]],
+    ) -> None:
+        self.name, self.call, self.results = name, call, results
+        self.tensor_count, self.saved_count = len(call.TENSORS), len(saved)
+        kinds = {n: facts.gradient for n, facts in call.TENSORS.items() if facts.gradient is not None}
+        self.differentiable = tuple(kinds)
+        self.inputs = frozenset(n for n, kind in kinds.items() if kind == "input")
+        self.weights = tuple(n for n, kind in kinds.items() if kind == "weight")
+        tensors, options = call.TENSOR_SCHEMA, call.OPTION_SCHEMA
+        returns = ", ".join(f"Tensor {result}" for result in ("out", *saved))
+        saves = ", ".join(f"Tensor {result}" for result in saved)
+        self._define(name, f"({tensors}, {options}, bool save, str backend) -> ({returns})")
+        self._define(
+            f"{name}_backward",
+            f"({tensors}, {saves}, Tensor grad_out, {options}, bool[] needed, ScalarType? added_dtype, str backend) "
+            "-> Tensor[]",
         )
-    return [gradient for gradient in vars(gradients).values() if gradient is not None]
+        self.forward_op = getattr(torch.ops.mosa_fast, name).default
+        self.backward_op = getattr(torch.ops.mosa_fast, f"{name}_backward").default
+        _library.impl(name, self._forward, "CompositeExplicitAutograd")
+        _library.impl(name, self._differentiable_forward, "Autograd")
+        _library.impl(f"{name}_backward", self._backward, "CompositeExplicitAutograd")
+        _library.impl(f"{name}_backward", self.differentiable_backward, "Autograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", self._fake_forward, lib=_library)
+        torch.library.register_fake(f"{NAMESPACE}::{name}_backward", self._fake_backward, lib=_library)
+
+    def __call__(self, call: Call, backend: str) -> Tensor:
+        """Run the kernels of a backend on a checked call."""
+        values = call.values()
+        save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in values[: self.tensor_count])
+        if torch.compiler.is_compiling():
+            return self.forward_op(*values, save, backend)[0]
+        # What the dispatcher would come back to: that way through C++ takes a tenth of a call's time.
+        return self._differentiable_forward(*values, save, backend)[0]
+
+    def _define(self, name: str, schema: str) -> None:
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def _forward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        *values, save, backend = arguments
+        call = self.call(*map(_contiguous, values))
+        out, *saved = self.results(call, save)
+        if out.numel():
+            with torch.cuda.device_of(call.x):  # kernels run on the current device
+                _launchers(self.name, backend).forward(call, out, saved)
+        else:
+            for tensor in saved:
+                tensor.zero_()  # no program comes to write it
+        return out, *saved
+
+    def _fake_forward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        *values, save, _backend = arguments
+        return self.results(self.call(*values), save)
+
+    def _backward(self, *arguments: Any) -> list[Tensor]:
+        call, saved, grad_out, needed, added_dtype, backend = self._backward_arguments(arguments)
+        gradients = self._gradients(call, grad_out, needed, added_dtype)
+        if grad_out.numel():
+            with torch.cuda.device_of(grad_out):
+                _launchers(self.name, backend).backward(call, grad_out, saved, gradients)
+        else:
+            for gradient in gradients.values():
+                gradient.zero_()
+        return [gradients[name] for name in self._chosen(needed)]
+
+    def _fake_backward(self, *arguments: Any) -> list[Tensor]:
+        call, _saved, grad_out, needed, added_dtype, _backend = self._backward_arguments(arguments)
+        gradients = self._gradients(call, grad_out, needed, added_dtype)
+        return [gradients[name] for name in self._chosen(needed)]
+
+    def _backward_arguments(self, arguments: Sequence[Any]) -> tuple[Any, list[Tensor], Tensor, list[bool], Any, str]:
+        """The call, the saved tensors, the output's gradient, what is needed, and the backend."""
+        tensors, rest = arguments[: self.tensor_count], arguments[self.tensor_count :]
+        *saved, grad_out = map(_contiguous, rest[: self.saved_count + 1])
+        *options, needed, added_dtype, backend = rest[self.saved_count + 1 :]
+        return self.call(*map(_contiguous, tensors), *options), saved, grad_out, needed, added_dtype, backend
+
+    def _chosen(self, needed: Sequence[bool]) -> list[str]:
+        """The names of the gradients that are asked for; `needed` goes with `differentiable`."""
+        return [name for name, need in zip(self.differentiable, needed, strict=True) if need]
+
+    def _gradients(
+        self, call: Call, grad_out: Tensor, needed: Sequence[bool], added_dtype: torch.dtype | None
+    ) -> dict[str, Tensor]:
+        """Memory for the gradients that kernels compute: those asked for, and with one weight's those of all."""
+        names = self._chosen(needed)
+        if not self.inputs.issuperset(names):
+            names += [name for name in self.weights if name not in names and getattr(call, name) is not None]
+        gradients = {}
+        for name in names:
+            if name == call.ONLY_ADDED:
+                assert added_dtype is not None
+                samples = grad_out.shape[0] // (call.groups if call.fork else 1)
+                shape, dtype = (samples, *grad_out.shape[1:]), added_dtype
+            else:
+                shape, dtype = getattr(call, name).shape, getattr(call, name).dtype
+            gradients[name] = launching.empty(shape, dtype, grad_out.device)
+        return gradients
+
+    def _differentiable_forward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        """The forward where autograd may record it."""
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+            return _Recorded.apply(self, *arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.forward_op(*arguments)
+
+    def differentiable_backward(self, *arguments: Any) -> list[Tensor]:
+        """The backward where autograd may record it, to refuse a second derivative when one is asked for."""
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+            return list(_Refused.apply(self, *arguments))
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.backward_op(*arguments)
 
 
-@sparse_adapter_backward_op.register_fake
-def _(*arguments: Any) -> list[Tensor]:
-    inputs, _saved, _options, needs, _backend = _split_backward(arguments)
-    named = dict(zip(TENSORS, inputs, strict=True))
-    if needs[1] is not None:
-        named["skip"] = named["x"].to(needs[1])
-    return [torch.empty_like(named[name], memory_format=torch.contiguous_format) for name in _returned(inputs, needs)]
+class _Recorded(torch.autograd.Function):
+    """A forward operator with its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: Operator, *arguments: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, *saved = operator.forward_op(*arguments)
+        count = operator.tensor_count
+        tensors = dict(zip(operator.call.TENSORS, arguments[:count], strict=True))
+        ctx.operator, ctx.options = operator, arguments[count:]
+        added = tensors[operator.call.ONLY_ADDED]
+        ctx.added_dtype = None if added is None else added.dtype
+        tensors[operator.call.ONLY_ADDED] = None  # not needed again: do not keep it alive
+        ctx.save_for_backward(*tensors.values(), *saved)
+        ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)
+        return out, *saved
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, *_unused: None) -> tuple[Tensor | None, ...]:
+        operator: Operator = ctx.operator
+        *options, save, backend = ctx.options
+        if not save:
+            raise RuntimeError(f"{operator.name} was called with save=False: there is nothing to differentiate with")
+        names = tuple(operator.call.TENSORS)
+        gradients: dict[str, Tensor] = {}
+        if grad_out is not None:
+            needs = ctx.needs_input_grad[1 : len(names) + 1]
+            needed = {name for name, need in zip(names, needs, strict=True) if need}
+            added = operator.call.ONLY_ADDED
+            fork = options[operator.call.OPTIONS.index("fork")]
+            if added in needed and not fork:  # the output's gradient is its own
+                needed.remove(added)
+                gradients[added] = grad_out.to(ctx.added_dtype)
+            if needed:
+                asked = [name in needed for name in operator.differentiable]
+                found = operator.differentiable_backward(
+                    *ctx.saved_tensors, grad_out, *options, asked, ctx.added_dtype, backend
+                )
+                gradients |= zip(operator._chosen(asked), found, strict=True)
+        return None, *map(gradients.get, names), *[None] * len(ctx.options)
 
 
-def _split_backward(arguments: Sequence[Any]) -> tuple[list[Any], list[Tensor], list[Any], list[Any], str]:
-    """The backward operator's arguments: inputs, saved tensors, options, needs, backend."""
-    flat, sizes, parts, start = list(arguments), (len(TENSORS), 4, len(OPTIONS), 4), [], 0
-    for size in sizes:
-        parts.append(flat[start : start + size])
-        start += size
-    return parts[0], parts[1], parts[2], parts[3], flat[-1]
+class _Refused(torch.autograd.Function):
+    """A backward operator, whose own gradient is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: Operator, *arguments: Any) -> tuple[Tensor, ...]:
+        ctx.name = operator.name
+        with torch._C._AutoDispatchBelowAutograd():
+            return tuple(operator.backward_op(*arguments))
+
+    @staticmethod
+    def backward(ctx: Any, *_gradients: Any) -> None:
+        raise RuntimeError(f"{ctx.name}'s kernels have no second derivative; use the reference backend for it")
 
 
-def _returned(inputs: Sequence[Tensor | None], needs: Sequence[Any]) -> list[str]:
-    """Names of the gradients that the backward operator returns, in order."""
-    need_x, skip_dtype, need_parameters, need_scale = needs
-    present = [name for name in PARAMETERS if inputs[TENSORS.index(name)] is not None] if need_parameters else []
-    first = (["x"] if need_x else []) + (["skip"] if skip_dtype is not None else [])
-    return first + present + (["scale_tensor"] if need_scale else [])
+@cache
+def _launchers(operator: str, backend: str) -> Any:
+    """The module that launches an operator's kernels."""
+    if operator not in KERNELS.get(backend, ()):
+        raise RuntimeError(f"backend {backend!r} has no {operator} kernels")
+    return importlib.import_module(f"mosa_fast.ops.{operator}_{backend}")
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    count = len(TENSORS)
-    *ctx.options, ctx.save, ctx.backend = inputs[count:]
-    skip = inputs[TENSORS.index("skip")]
-    ctx.skip_dtype = None if skip is None else skip.dtype
-    kept = list(inputs[:count])
-    kept[TENSORS.index("skip")] = None  # not needed again: do not keep it alive
-    ctx.save_for_backward(*kept, *output[1:])
-
-
-def _backward(ctx: Any, grad_out: Tensor, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    if not ctx.save:
-        raise RuntimeError("sparse_adapter was called with save=False, so there is nothing to differentiate with")
-    count = len(TENSORS)
-    inputs, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-    needed = dict(zip(TENSORS, ctx.needs_input_grad[:count], strict=True))
-    fork = ctx.options[OPTIONS.index("fork")]
-    needs = [
-        needed["x"],
-        ctx.skip_dtype if needed["skip"] and fork else None,
-        any(needed[name] for name in PARAMETERS) or needed["scale_tensor"],
-        needed["scale_tensor"],
-    ]
-    gradients: dict[str, Tensor] = {}
-    if any(need not in (False, None) for need in needs):
-        returned = sparse_adapter_backward_op(*inputs, grad_out, *saved, *ctx.options, *needs, ctx.backend)
-        gradients = dict(zip(_returned(inputs, needs), returned, strict=True))
-    if needed["skip"] and not fork:
-        gradients["skip"] = grad_out.to(ctx.skip_dtype)
-    others = len(OPTIONS) + 2  # save, backend
-    return *(gradients.get(name) if needed[name] else None for name in TENSORS), *[None] * others
-
-
-def _second_backward(ctx: Any, *_gradients: Any) -> None:
-    raise RuntimeError("sparse_adapter's kernels have no second derivative; use the reference backend for it")
-
-
-sparse_adapter_op.register_autograd(_backward, setup_context=_setup_context)
-sparse_adapter_backward_op.register_autograd(_second_backward)
-
-
-def _out_shape(x: Tensor, experts: Tensor, fork: bool) -> tuple[int, ...]:
-    return (x.shape[0] * (experts.shape[0] if fork else 1), *x.shape[1:])
-
-
-def _kernels(backend: str) -> Any:
-    """The module that serves a backend: it has Problem, sparse_adapter_fwd and sparse_adapter_bwd."""
-    if backend == "triton":
-        from mosa_fast.kernels import sparse_adapter
-
-        return sparse_adapter
-    if backend == "cuda":
-        from mosa_fast.ops import cuda
-
-        return cuda
-    raise RuntimeError(f"backend {backend!r} has no sparse_adapter kernels")
-
-
-def _problem(kernels: Any, inputs: Sequence[Any]) -> Any:
-    """What kernels are called with: contiguous tensors, and dropout's threshold instead of a seed that is not used."""
-    named = dict(zip(TENSORS + OPTIONS, inputs, strict=True))
-    del named["skip"]
-    for name, value in named.items():
-        if isinstance(value, Tensor):
-            named[name] = value.contiguous()
-    if not named["dropout"]:
-        named["seed"] = None
-    return kernels.Problem(**named, dropout_threshold=dropout_threshold(named["dropout"]))
+def _contiguous(value: Any) -> Any:
+    return value.contiguous() if isinstance(value, Tensor) else value

@@ -1,13 +1,14 @@
-"""The operator `sparse_adapter`: public signature, argument checks, and dispatch to a backend."""
+"""The operator `sparse_adapter`: public function, checks, what its kernels fill, and dispatch to a backend."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from mosa_fast.ops import reference
+from mosa_fast.ops import launching, reference
 from mosa_fast.ops.backends import resolve_backend
-from mosa_fast.ops.registration import sparse_adapter_op
+from mosa_fast.ops.call import SparseAdapterCall, check_device, describe, product_dtype
+from mosa_fast.ops.registration import Operator
 
 
 def sparse_adapter(
@@ -65,53 +66,56 @@ def sparse_adapter(
         RuntimeError: the backend that was asked for cannot serve.
     """
     seed = _as_tensor(seed, x.device)
-    _check_tensors(x, skip, norm_weight, norm_bias, down_weight, up_weight, down_init, down_owner, up_owner)
-    _check_bias("down_bias", down_bias, down_owner, down_weight.shape[0], x)
-    _check_bias("up_bias", up_bias, up_owner, up_weight.shape[0], x)
-    _check_routing(x, experts, seed, fork)
-    _check_options(x, activation, scale, dropout)
-    tensors = (
-        x,
-        skip,
-        norm_weight,
-        norm_bias,
-        down_weight,
-        down_bias,
-        up_weight,
-        up_bias,
-        down_init,
-        down_owner,
-        up_owner,
-        experts,
+    _check_seed_and_scale(x, seed, scale)
+    call = SparseAdapterCall(
+        x=x,
+        skip=skip,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        down_weight=down_weight,
+        down_bias=down_bias,
+        up_weight=up_weight,
+        up_bias=up_bias,
+        down_init=down_init,
+        down_owner=down_owner,
+        up_owner=up_owner,
+        experts=experts,
+        scale_tensor=scale if isinstance(scale, Tensor) else None,
+        seed=seed if dropout > 0 else None,
+        activation=activation,
+        scale=1.0 if isinstance(scale, Tensor) else float(scale),
+        dropout=float(dropout),
+        add_input=add_input,
+        fork=fork,
+        eps=float(eps),
+        product_dtype=product_dtype(x),
     )
-    name = resolve_backend(x.device, x.dtype)
-    if name == "reference":
-        return reference.sparse_adapter(
-            *tensors,
-            activation=activation,
-            scale=scale,
-            dropout=dropout,
-            seed=seed,
-            add_input=add_input,
-            fork=fork,
-            eps=eps,
-        )
-    scale_tensor = scale if isinstance(scale, Tensor) else None
-    out, *_saved = sparse_adapter_op(
-        *tensors,
-        scale_tensor,
-        seed if dropout > 0 else None,
-        activation,
-        1.0 if isinstance(scale, Tensor) else float(scale),
-        float(dropout),
-        add_input,
-        fork,
-        float(eps),
-        reference.compute_dtype(x),
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, scale_tensor)),
-        name,
+    _check(call)
+    backend = resolve_backend(x.device, x.dtype)
+    return reference.sparse_adapter(call) if backend == "reference" else _operator(call, backend)
+
+
+def results(call: SparseAdapterCall, save: bool) -> tuple[Tensor, ...]:
+    """Memory for what the forward gives: its output, and what backward needs, which has no rows unless `save`.
+
+    Returns:
+        out: `[N, ..., D]` (`[V * N, ..., D]` forked), the promoted dtype of x and skip.
+        stats: float32 `[T, 2]`, mean and 1 / std of every row of x; without rows where there is no norm.
+        pre: `[M, r]` in the product dtype, the down-projection without its biases.
+        vectors: float32 `[V, 2, r]`: each group's bias of the down-projection, and the row sums of its weights, both
+            with the norm folded in (row sums are zero without a norm).
+    """
+    c, device = call, call.x.device
+    normed = save and c.norm_weight is not None
+    return (
+        launching.empty((c.out_samples, *c.x.shape[1:]), c.out_dtype, device),
+        launching.empty((c.in_rows if normed else 0, 2), torch.float32, device),
+        launching.empty((c.out_rows if save else 0, c.bottleneck), c.product_dtype, device),
+        launching.empty((c.groups if save else 0, 2, c.bottleneck), torch.float32, device),
     )
-    return out
+
+
+_operator = Operator("sparse_adapter", SparseAdapterCall, ("stats", "pre", "vectors"), results)
 
 
 def _as_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
@@ -121,90 +125,29 @@ def _as_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
     return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
-def _check_tensors(
-    x: Tensor,
-    skip: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    down_weight: Tensor,
-    up_weight: Tensor,
-    down_init: Tensor | None,
-    down_owner: Tensor | None,
-    up_owner: Tensor | None,
-) -> None:
-    if x.ndim < 2 or not x.is_floating_point():
-        raise ValueError(f"x must be floating point [N, ..., D], got {_describe(x)}")
-    if skip is not None:
-        if skip.shape != x.shape or not skip.is_floating_point():
-            raise ValueError(f"skip must be floating point {_shape(x.shape)} as x is, got {_describe(skip)}")
-        _check_device("skip", skip, x)
-    width, bottleneck = x.shape[-1], down_weight.shape[0]
-    if (norm_weight is None) != (norm_bias is None):
-        missing = "norm_weight" if norm_weight is None else "norm_bias"
-        raise ValueError(f"{missing} is None, but the other is not: give both or neither")
-    _check_parameter("down_weight", down_weight, (bottleneck, width), x)
-    _check_parameter("up_weight", up_weight, (width, bottleneck), x)
-    for name, tensor, shape in (
-        ("norm_weight", norm_weight, (width,)),
-        ("norm_bias", norm_bias, (width,)),
-        ("down_init", down_init, (bottleneck, width)),
-    ):
-        if tensor is not None:
-            _check_parameter(name, tensor, shape, x)
-    for name, owner, shape in (
-        ("down_owner", down_owner, (bottleneck, width)),
-        ("up_owner", up_owner, (width, bottleneck)),
-    ):
-        if owner is not None:
-            if owner.shape != shape or owner.dtype != torch.uint8:
-                raise ValueError(f"{name} must be uint8 {_shape(shape)}, got {_describe(owner)}")
-            _check_device(name, owner, x)
-
-
-def _check_bias(name: str, bias: Tensor, owner: Tensor | None, features: int, x: Tensor) -> None:
-    if bias.ndim != 2 or bias.shape[0] < 1 or bias.shape[1] != features:
-        raise ValueError(f"{name} must be [E, {features}], got {_describe(bias)}")
-    if owner is None and bias.shape[0] != 1:
-        raise ValueError(f"{name} must be [1, {features}] for a dense projection, got {_describe(bias)}")
-    _check_parameter(name, bias, tuple(bias.shape), x)
-
-
-def _check_routing(x: Tensor, experts: Tensor, seed: Tensor, fork: bool) -> None:
-    if experts.dtype != torch.int32 or experts.ndim != 2 or experts.shape[1] != 2 or experts.shape[0] < 1:
-        raise ValueError(f"experts must be int32 [V, 2], got {_describe(experts)}")
-    if not fork and x.shape[0] % experts.shape[0]:
-        raise ValueError(f"experts has {experts.shape[0]} groups, which do not divide the {x.shape[0]} samples of x")
+def _check_seed_and_scale(x: Tensor, seed: Tensor, scale: float | Tensor) -> None:
     if seed.dtype != torch.int64 or seed.shape not in ((1,), (2,)):
-        raise ValueError(f"seed must be int64 [1] or [2], got {_describe(seed)}")
-    _check_device("experts", experts, x)
-    _check_device("seed", seed, x)
-
-
-def _check_options(x: Tensor, activation: str, scale: float | Tensor, dropout: float) -> None:
-    if activation not in reference.ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, got {activation!r}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        raise ValueError(f"seed must be int64 [1] or [2], got {describe(seed)}")
+    check_device("seed", seed, x)
     if isinstance(scale, Tensor):
         if scale.numel() != 1 or not scale.is_floating_point():
-            raise ValueError(f"scale must be a number or a one-element floating point tensor, got {_describe(scale)}")
-        _check_device("scale", scale, x)
+            raise ValueError(f"scale must be a number or a one-element floating point tensor, got {describe(scale)}")
+        check_device("scale", scale, x)
 
 
-def _check_parameter(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
-    if tuple(tensor.shape) != shape or not tensor.is_floating_point():
-        raise ValueError(f"{name} must be floating point {_shape(shape)}, got {_describe(tensor)}")
-    _check_device(name, tensor, x)
-
-
-def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.device != x.device:
-        raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}")
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {_shape(tensor.shape)}"
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "[" + ", ".join(str(size) for size in shape) + "]"
+def _check(call: SparseAdapterCall) -> None:
+    """What a call's shapes and dtypes alone do not say."""
+    call.check()
+    if (call.norm_weight is None) != (call.norm_bias is None):
+        missing = "norm_weight" if call.norm_weight is None else "norm_bias"
+        raise ValueError(f"{missing} is None, but the other is not: give both or neither")
+    for name, bias, owner in (
+        ("down_bias", call.down_bias, call.down_owner),
+        ("up_bias", call.up_bias, call.up_owner),
+    ):
+        if owner is None and bias.shape[0] != 1:
+            raise ValueError(f"{name} must be [1, {bias.shape[1]}] for a dense projection, got {describe(bias)}")
+    if call.activation not in reference.ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, got {call.activation!r}")
+    if not 0.0 <= call.dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), got {call.dropout}")

@@ -7,9 +7,10 @@ from kernel_cases import CASES, Case, error, make, run, variant
 from torch import nn
 
 from mosa_fast.ops import backend, sparse_adapter
-from mosa_fast.ops.registration import OPTIONS, TENSORS
+from mosa_fast.ops.call import SparseAdapterCall
 
 BY_NAME = {case.name: case for case in CASES}
+TENSORS = tuple(SparseAdapterCall.TENSORS)
 
 
 def operator_arguments(case: Case, dtype=torch.float32):
@@ -24,7 +25,7 @@ def operator_arguments(case: Case, dtype=torch.float32):
         name = "scale_tensor" if name == "scale" else name
         if values[name] is not None:
             values[name].requires_grad_()
-    return [values[name] for name in TENSORS + OPTIONS] + [True, "triton"]
+    return [values[name] for name in TENSORS + SparseAdapterCall.OPTIONS] + [True, "triton"]
 
 
 @pytest.mark.parametrize("name", ["default", "fork", "trainable_scale", "dense", "no_norm", "empty_batch", "no_skip"])
@@ -38,11 +39,16 @@ def test_opcheck_of_the_backward(name):
     case = variant(BY_NAME[name], width=32, bottleneck=4, samples=2, gradients=())
     arguments = operator_arguments(case)
     out, *saved = torch.ops.mosa_fast.sparse_adapter(*arguments)
-    options = arguments[len(TENSORS) : -2]
-    needs = [True, torch.float32 if case.fork else None, True, arguments[TENSORS.index("scale_tensor")] is not None]
+    tensors, options = arguments[: len(TENSORS)], arguments[len(TENSORS) : -2]
+    tensors[TENSORS.index("skip")] = None
+    needed = [
+        (name != "skip" or case.fork) and (name != "scale_tensor" or tensors[TENSORS.index(name)] is not None)
+        for name, facts in SparseAdapterCall.TENSORS.items()
+        if facts.gradient is not None
+    ]
     torch.library.opcheck(
         torch.ops.mosa_fast.sparse_adapter_backward.default,
-        [arguments[0], None, *arguments[2 : len(TENSORS)], torch.randn_like(out), *saved, *options, *needs, "triton"],
+        [*tensors, *saved, torch.randn_like(out), *options, needed, torch.float32, "triton"],
     )
 
 

@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,8 @@ import torch
 from kernel_cases import CASES, Case, check, compare, make, poisoned, run
 
 import mosa_fast.csrc
-from mosa_fast.ops import backends, cuda, extension, philox, reference
+from mosa_fast.ops import backends, extension, philox, reference, sparse_adapter_cuda
+from mosa_fast.ops.call import SparseAdapterCall
 
 CSRC = Path(mosa_fast.csrc.__file__).parent
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -89,7 +89,7 @@ void factors(const int64_t* seed, int64_t first, int64_t tokens, int64_t thresho
 }
 float act(float z, int kind) { return activate(z, kind); }
 float slope(float z, int kind) { return activation_derivative(z, kind); }
-float share(int owner, int expert, int experts) { return owned_share(owner, expert, experts); }
+float owned(int owner, int expert, int experts) { return ownership(owner, expert, experts); }
 float half_to_float(uint16_t bits) { return to_float(Float16{bits}); }
 int float_to_half(float value) { return from_float<Float16>(value).bits; }
 int float_to_bfloat(float value) { return from_float<BFloat16>(value).bits; }
@@ -107,7 +107,7 @@ def functions(tmp_path_factory):
     library = ctypes.CDLL(str(folder / "f.so"))
     for name in ("act", "slope"):
         getattr(library, name).argtypes = [ctypes.c_float, ctypes.c_int]
-    for name in ("act", "slope", "share", "half_to_float"):
+    for name in ("act", "slope", "owned", "half_to_float"):
         getattr(library, name).restype = ctypes.c_float
     for name in ("float_to_half", "float_to_bfloat"):
         getattr(library, name).argtypes = [ctypes.c_float]
@@ -137,7 +137,7 @@ def test_dropout_draws_the_same_numbers(functions, seed):
 def test_activations_and_derivatives(functions, kind):
     z = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -0.0, 1e-6, -1e-6])]).requires_grad_()
     double = z.detach().double().requires_grad_()
-    hidden = reference.ACTIVATIONS[cuda.ACTIVATIONS[kind]](double)
+    hidden = reference.ACTIVATIONS[sparse_adapter_cuda.ACTIVATIONS[kind]](double)
     (slope,) = torch.autograd.grad(hidden.sum(), double)
     for name, expected in (("act", hidden), ("slope", slope)):
         ours = torch.tensor([getattr(functions, name)(v, kind) for v in z.tolist()], dtype=torch.float64)
@@ -145,11 +145,11 @@ def test_activations_and_derivatives(functions, kind):
 
 
 @needs_compiler
-def test_shares(functions):
+def test_ownership(functions):
     for expert in (-2, -1, 0, 3, 7, 300):
         owners = torch.arange(256)
         expected = reference.ownership(owners, torch.tensor([expert]), 4, torch.float32)[0]
-        assert [functions.share(owner, expert, 4) for owner in range(256)] == expected.tolist()
+        assert [functions.owned(owner, expert, 4) for owner in range(256)] == expected.tolist()
 
 
 @needs_compiler
@@ -167,11 +167,66 @@ def test_conversions_of_16_bits(functions):
         assert torch.equal(ours.to(torch.uint16).view(dtype), values.to(dtype)), name
 
 
-def test_python_and_c_agree_on_the_order_of_arguments():
-    text = re.sub("//.*", "", (CSRC / "arguments.h").read_text())
-    names = re.search(r"enum Name \{(.*?)NAMES", text, re.DOTALL).group(1)
-    assert [name.lower() for name in re.findall(r"\w+", names)] == list(cuda.ARRAYS)
-    assert f"TILE = {cuda.TILE};" in (CSRC / "block.h").read_text()
+@needs_compiler
+def test_every_tensor_and_gradient_has_an_array(emulation):
+    arrays = set(extension.operators().names("arrays"))
+    assert arrays >= set(SparseAdapterCall.TENSORS)
+    assert arrays >= {f"grad_{name}" for name, facts in SparseAdapterCall.TENSORS.items() if facts.gradient}
+    assert f"TILE = {sparse_adapter_cuda.TILE};" in (CSRC / "arguments.h").read_text()
+
+
+@pytest.fixture
+def launch(emulation, monkeypatch):
+    """What a forward or backward hands to the extension, which a test may spoil, and how to hand it over."""
+    run_extension = extension.run
+    taken = {}
+    monkeypatch.setattr(
+        extension, "run", lambda name, *given: (taken.update({name: given}), run_extension(name, *given))
+    )
+    run("cuda", make(Case("whole", dropout=0.1, scale=torch.tensor(0.3)), torch.float16, "cpu"))
+    return taken, run_extension
+
+
+SPOILED = [
+    ("forward", "x", lambda x: x[:1].contiguous(), "x has 480 elements, not 1920"),
+    ("forward", "out", lambda out: out.int(), "out cannot be int32"),
+    ("forward", "out", lambda out: None, "out is missing"),
+    ("forward", "down_bias", lambda bias: bias[:2], "down_bias has 32 elements, not 48"),
+    ("forward", "norm_bias", lambda bias: None, "norm_bias is missing"),
+    ("forward", "up_weight", lambda weight: weight.T, "up_weight is not contiguous"),
+    ("forward", "up_owner", lambda owner: owner.int(), "up_owner cannot be int32"),
+    ("forward", "experts", lambda experts: experts.long(), "experts cannot be int64"),
+    ("forward", "seed", lambda seed: None, "seed is missing"),
+    ("forward", "down_effective", lambda weight: weight.float(), "down_effective cannot be float32"),
+    ("backward", "stats", lambda stats: None, "stats is missing"),
+    ("backward", "pre", lambda pre: pre[:1], "pre has 16 elements, not 320"),
+    ("backward", "partial", lambda partial: partial[:, 1:].contiguous(), "partial has"),
+    ("backward", "grad_up_bias", lambda grad: None, "grad_up_bias is missing"),
+    ("backward", "grad_scale_tensor", lambda grad: grad.repeat(2), "grad_scale_tensor has 2 elements, not 1"),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("operation", "name", "spoil", "message"), SPOILED, ids=lambda value: str(value)[:40])
+def test_arrays_are_checked_before_a_launch(launch, operation, name, spoil, message):
+    taken, run_extension = launch
+    arrays, sizes, numbers = taken[operation]
+    with pytest.raises(RuntimeError, match=message):
+        run_extension(operation, arrays | {name: spoil(arrays[name])}, sizes, numbers)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", [0, 1, 2], ids=["arrays", "sizes", "numbers"])
+def test_names_that_the_extension_does_not_know_are_refused(launch, kind):
+    taken, run_extension = launch
+    given = list(taken["forward"])
+    given[kind] = given[kind] | {"bogus": None}
+    with pytest.raises(RuntimeError, match="differ in (arrays|sizes|numbers): bogus"):
+        run_extension("forward", *given)
+    if kind > 0:
+        given[kind] = {name: value for name, value in taken["forward"][kind].items() if name not in ("width", "eps")}
+        with pytest.raises(RuntimeError, match="differ in (sizes: width|numbers: eps)"):
+            run_extension("forward", *given)
 
 
 @pytest.fixture
@@ -217,7 +272,7 @@ def test_auto_does_not_wait_for_a_compiler(plain, monkeypatch):
 
 
 def test_the_backend_needs_no_triton():
-    code = "import sys; sys.modules['triton'] = None; import mosa_fast.ops.cuda"
+    code = "import sys; sys.modules['triton'] = None; import mosa_fast.ops.sparse_adapter_cuda"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

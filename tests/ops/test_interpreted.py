@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="they run in this very process")
 FOLDER = Path(__file__).parents[1] / "interpreter"
 
 

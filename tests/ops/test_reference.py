@@ -3,8 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_cases import shape_of
 
 from mosa_fast.ops import sparse_adapter
+from mosa_fast.ops.call import SparseAdapterCall
 
 D, R, E, N, T = 10, 6, 3, 4, 5
 
@@ -12,28 +14,16 @@ D, R, E, N, T = 10, 6, 3, 4, 5
 def arguments(dtype=torch.float64, **changes):
     generator = torch.Generator().manual_seed(0)
 
-    def random(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    def owner(*shape):
-        return torch.randint(E, shape, generator=generator).to(torch.uint8)
-
-    values = {
-        "x": random(N, T, D),
-        "skip": random(N, T, D),
-        "norm_weight": random(D),
-        "norm_bias": random(D),
-        "down_weight": random(R, D),
-        "down_bias": random(E, R),
-        "up_weight": random(D, R),
-        "up_bias": random(E, D),
-        "down_init": random(R, D),
-        "down_owner": owner(R, D),
-        "up_owner": owner(D, R),
-        "experts": torch.tensor([[1, 2]], dtype=torch.int32),
-        "scale": 0.7,
-        "eps": 1e-5,
-    }
+    values = {"experts": torch.tensor([[1, 2]], dtype=torch.int32), "scale": 0.7, "eps": 1e-5}
+    sizes = {"...": (N, T), "D": D, "r": R, "E": E}
+    for name, facts in SparseAdapterCall.TENSORS.items():
+        if facts.shape is None or name in values:
+            continue
+        shape = shape_of(facts, sizes)
+        if facts.dtype == torch.uint8:
+            values[name] = torch.randint(E, shape, generator=generator).to(torch.uint8)
+        else:
+            values[name] = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
     return values | changes
 
 
@@ -204,14 +194,14 @@ def test_compiles_without_a_graph_break():
     [
         ({"x": torch.zeros(D, dtype=torch.float64)}, r"x must be .*\[N, ..., D\], got float64 \[10\]"),
         ({"x": torch.zeros(N, T, D, dtype=torch.int64)}, "x must be floating point"),
-        ({"skip": torch.zeros(N, D)}, r"skip must be .* \[4, 5, 10\] as x is, got float32 \[4, 10\]"),
+        ({"skip": torch.zeros(N, D)}, r"skip must be floating point \[4, 5, 10\], got float32 \[4, 10\]"),
         ({"norm_bias": None}, "norm_bias is None"),
         ({"down_weight": torch.zeros(R, D + 1)}, r"down_weight must be .* \[6, 10\], got float32 \[6, 11\]"),
         ({"up_weight": torch.zeros(R, D)}, r"up_weight must be .* \[10, 6\]"),
         ({"down_init": torch.zeros(R)}, "down_init must be"),
         ({"down_owner": torch.zeros(R, D)}, "down_owner must be uint8"),
         ({"up_owner": torch.zeros(R, D, dtype=torch.uint8)}, r"up_owner must be uint8 \[10, 6\]"),
-        ({"down_bias": torch.zeros(R)}, r"down_bias must be \[E, 6\]"),
+        ({"down_bias": torch.zeros(R)}, r"down_bias must be floating point \[E, 6\]"),
         ({"up_owner": None}, r"up_bias must be \[1, 10\] for a dense projection"),
         ({"experts": torch.zeros(1, 2)}, r"experts must be int32 \[V, 2\], got float32"),
         ({"experts": torch.zeros(3, 2, dtype=torch.int32)}, "3 groups, which do not divide the 4 samples"),

@@ -59,11 +59,11 @@ def test_autocast(dtype, skip_dtype, name):
 
 
 def test_auto_selects_the_kernels(monkeypatch):
-    from mosa_fast.kernels import launching
+    from mosa_fast.ops import triton_launching
 
     launched = []
-    launch = launching.launch
-    monkeypatch.setattr(launching, "launch", lambda *a, **k: (launched.append(1), launch(*a, **k)))
+    launch = triton_launching.launch
+    monkeypatch.setattr(triton_launching, "launch", lambda *a, **k: (launched.append(1), launch(*a, **k)))
     with backend("auto"):
         sparse_adapter(**make(CASES[0], torch.bfloat16, "cuda"))
     assert launched

@@ -97,10 +97,10 @@ def test_the_same_inputs_give_the_same_bits():
 @pytest.mark.parametrize("rows", [16, 32])
 def test_dropout_does_not_depend_on_the_grid(rows, monkeypatch):
     """With an identity of weights the output shows which activations were kept: those that the map says."""
-    from mosa_fast.kernels import tuning
+    from mosa_fast.ops import triton_tiles
     from mosa_fast.ops.philox import dropout_keep
 
-    monkeypatch.setattr(tuning, "INTERPRETER", tuning.Tile(rows, 64, stages=1))
+    monkeypatch.setattr(triton_tiles, "INTERPRETER", triton_tiles.Tile(rows, 64, stages=1))
     size, samples, tokens = 20, 4, 11
     seed = torch.tensor([-(2**62) + 3, 2**31 - 2])
     out = sparse_adapter_with(
@@ -140,13 +140,16 @@ def test_saved_tensors_and_inputs_are_not_written():
 
 
 def test_without_gradients_nothing_is_saved(monkeypatch):
-    from mosa_fast.kernels import sparse_adapter as kernels
+    from mosa_fast.ops import sparse_adapter_triton
 
     saves = []
-    forward = kernels.sparse_adapter_fwd
-    monkeypatch.setattr(
-        kernels, "sparse_adapter_fwd", lambda p, skip, save: (saves.append(save), forward(p, skip, save))[1]
-    )
+    forward = sparse_adapter_triton.forward
+
+    def recorded(call, out, saved):
+        saves.append(any(tensor.numel() for tensor in saved))
+        forward(call, out, saved)
+
+    monkeypatch.setattr(sparse_adapter_triton, "forward", recorded)
     arguments = make(Case("inference"), torch.float32, "cpu")
     with backend("triton"):
         plain = sparse_adapter(**arguments)

@@ -1,0 +1,244 @@
+"""What an operator is called with, stated once.
+
+A `Call` is a dataclass whose fields are an operator's arguments, in order. Whatever has to know the arguments reads
+the fields: the schemas that torch.library gets, fakes and autograd (`registration.py`), the checks below, the
+reference, the names under which kernels are handed tensors, and the tests' cases. To add an argument, add a field here,
+a parameter to the operator's public function, and a parameter to each kernel that reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from mosa_fast.ops import philox
+
+SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    str: "str",
+    float: "float",
+    bool: "bool",
+    torch.dtype: "ScalarType",
+}
+REST = "..."  # in a shape: whatever sizes x has before its last
+ANY_COUNT = "E"  # in a shape: a size that no other tensor has to agree with
+
+Gradient = Literal["input", "weight", "scale"]
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """What is known of a tensor argument besides its name.
+
+    shape: each size a number, or a letter that means the same size throughout a call (but see `REST`, `ANY_COUNT`).
+        None: the operator checks it itself.
+    dtype: None: any floating point.
+    gradient: None: it gets none. "weight": it is computed whenever that of another weight, or the scale's, is needed.
+    only_added: the operator adds it to its output and never reads it again, so that it is not kept for backward.
+    """
+
+    shape: tuple[str | int, ...] | None
+    dtype: torch.dtype | None = None
+    gradient: Gradient | None = None
+    only_added: bool = False
+
+
+def tensor(shape: str | None, dtype: torch.dtype | None = None, **facts: Any) -> TensorFacts:
+    """The facts of a tensor argument, whose sizes are written with spaces between them."""
+    sizes = None if shape is None else tuple(int(size) if size.isdigit() else size for size in shape.split())
+    return TensorFacts(sizes, dtype, **facts)
+
+
+class Call:
+    """One call of an operator. x is `[N, ..., D]`, and the last sizes of experts are `[V, 2]`.
+
+    Tensors come first, annotated with their facts, then options. A tensor that is not given is None. Inside a
+    registered operator all tensors are contiguous. product_dtype: of the matrix products.
+    """
+
+    TENSORS: ClassVar[dict[str, TensorFacts]]
+    OPTIONS: ClassVar[tuple[str, ...]]
+    TENSOR_SCHEMA: ClassVar[str]
+    OPTION_SCHEMA: ClassVar[str]
+    ONLY_ADDED: ClassVar[str]  # the name of the tensor that is
+
+    x: Tensor
+    experts: Tensor
+    fork: bool
+    product_dtype: torch.dtype
+
+    def __init_subclass__(cls) -> None:
+        hints = get_type_hints(cls, include_extras=True)
+        hints = {name: hints[name] for name in cls.__annotations__}  # in this order, and none that are inherited
+        annotated = {name: get_args(hint) for name, hint in hints.items() if hasattr(hint, "__metadata__")}
+        arguments = {n: f"{SCHEMA_TYPES[annotated[n][0] if n in annotated else t]} {n}" for n, t in hints.items()}
+        cls.TENSORS = {name: facts for name, (_, facts) in annotated.items()}
+        cls.OPTIONS = tuple(name for name in arguments if name not in annotated)
+        cls.TENSOR_SCHEMA = ", ".join(arguments[name] for name in cls.TENSORS)
+        cls.OPTION_SCHEMA = ", ".join(arguments[name] for name in cls.OPTIONS)
+        (cls.ONLY_ADDED,) = (name for name, facts in cls.TENSORS.items() if facts.only_added)
+
+    def values(self) -> list[Any]:
+        """All arguments, in order."""
+        return [getattr(self, name) for name in (*self.TENSORS, *self.OPTIONS)]
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """The tensors by name."""
+        return {name: getattr(self, name) for name in self.TENSORS}
+
+    @property
+    def width(self) -> int:
+        """The width of x, D."""
+        return self.x.shape[-1]
+
+    @property
+    def groups(self) -> int:
+        """The number of groups, V."""
+        return self.experts.shape[-2]
+
+    @property
+    def in_rows(self) -> int:
+        """Rows of x, T."""
+        return self.x.numel() // self.width
+
+    @property
+    def rows_per_group(self) -> int:
+        """Rows of one group: all of x when forked."""
+        return self.in_rows if self.fork else self.in_rows // self.groups
+
+    @property
+    def out_rows(self) -> int:
+        """Rows of the output, M."""
+        return self.rows_per_group * self.groups
+
+    @property
+    def out_samples(self) -> int:
+        """Samples of the output: the size of its first dimension."""
+        return self.x.shape[0] * (self.groups if self.fork else 1)
+
+    @property
+    def tokens(self) -> int:
+        """Rows of one sample."""
+        return self.in_rows // self.x.shape[0] if self.x.shape[0] else 1
+
+    def check(self) -> None:
+        """Check the tensors against their facts, and that the groups divide the samples.
+
+        Raises:
+            ValueError: one does not fit; the message names it, what came and what was expected.
+        """
+        x, device = self.x, self.x.device
+        if x.ndim < 2 or not x.is_floating_point():
+            raise ValueError(f"x must be floating point [N, ..., D], got {describe(x)}")
+        sizes: dict[str | int, Any] = {}
+        for name, facts in self.TENSORS.items():
+            value = getattr(self, name)
+            if value is None or facts.shape is None:
+                continue
+            right_dtype = value.is_floating_point() if facts.dtype is None else value.dtype == facts.dtype
+            if not (right_dtype and _agrees(value.shape, facts.shape, sizes)):
+                raise ValueError(f"{name} must be {_expected(facts, sizes)}, got {describe(value)}")
+            if value.device != device:
+                check_device(name, value, x)
+        if not self.fork and x.shape[0] % self.groups:
+            raise ValueError(f"experts has {self.groups} groups, which do not divide the {x.shape[0]} samples of x")
+
+
+@dataclass(frozen=True)
+class SparseAdapterCall(Call):
+    """A call of `mosa_fast.ops.sparse_adapter`, whose docstring says what the arguments mean.
+
+    scale_tensor, if given, stands in for scale, since schemas have no unions. seed is None where nothing is dropped.
+    """
+
+    x: Annotated[Tensor, tensor("... D", gradient="input")]
+    skip: Annotated[Tensor | None, tensor("... D", gradient="input", only_added=True)]
+    norm_weight: Annotated[Tensor | None, tensor("D", gradient="weight")]
+    norm_bias: Annotated[Tensor | None, tensor("D", gradient="weight")]
+    down_weight: Annotated[Tensor, tensor("r D", gradient="weight")]
+    down_bias: Annotated[Tensor, tensor("E r", gradient="weight")]
+    up_weight: Annotated[Tensor, tensor("D r", gradient="weight")]
+    up_bias: Annotated[Tensor, tensor("E D", gradient="weight")]
+    down_init: Annotated[Tensor | None, tensor("r D")]
+    down_owner: Annotated[Tensor | None, tensor("r D", torch.uint8)]
+    up_owner: Annotated[Tensor | None, tensor("D r", torch.uint8)]
+    experts: Annotated[Tensor, tensor("V 2", torch.int32)]
+    scale_tensor: Annotated[Tensor | None, tensor(None, gradient="scale")]
+    seed: Annotated[Tensor | None, tensor(None, torch.int64)]
+    activation: str
+    scale: float
+    dropout: float
+    add_input: bool
+    fork: bool
+    eps: float
+    product_dtype: torch.dtype
+
+    @property
+    def bottleneck(self) -> int:
+        """The bottleneck, r."""
+        return self.down_weight.shape[0]
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """Dtype of the output."""
+        return self.x.dtype if self.skip is None else torch.promote_types(self.x.dtype, self.skip.dtype)
+
+    @property
+    def dropout_threshold(self) -> int:
+        """An activation is dropped where its random 32-bit word is below this number."""
+        return philox.dropout_threshold(self.dropout)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Dtype of an operator's matrix products: autocast's where it is on (it leaves float64 alone), else x's."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def check_device(name: str, value: Tensor, x: Tensor) -> None:
+    """Raise a ValueError unless both are on one device."""
+    if value.device != x.device:
+        raise ValueError(f"{name} is on {value.device}, but x is on {x.device}")
+
+
+def describe(value: Tensor) -> str:
+    """Dtype and shape, for messages."""
+    return f"{_name(value.dtype)} [{', '.join(map(str, value.shape))}]"
+
+
+def _agrees(shape: Sequence[int], expected: Sequence[str | int], sizes: dict[str | int, Any]) -> bool:
+    """Whether a shape is what its facts say, given what letters mean so far; new letters get their meaning."""
+    if expected[0] == REST:
+        last = len(expected) - 1
+        rest = tuple(shape[:-last])
+        if sizes.setdefault(REST, rest) != rest:
+            return False
+        shape, expected = shape[-last:], expected[1:]
+    if len(shape) != len(expected):
+        return False
+    for size, letter in zip(shape, expected):  # noqa: B905  # it takes time, and the lengths are equal
+        if size < 1:
+            return False
+        if letter != ANY_COUNT and size != (letter if isinstance(letter, int) else sizes.setdefault(letter, size)):
+            return False
+    return True
+
+
+def _expected(facts: TensorFacts, sizes: dict[str | int, Any]) -> str:
+    """A tensor's dtype and shape as they should be, for messages: numbers where the letters have a meaning already."""
+    assert facts.shape is not None
+    known: list[Any] = []
+    for letter in facts.shape:
+        known += sizes.get(letter, (letter,)) if letter == REST else [sizes.get(letter, letter)]
+    return f"{'floating point' if facts.dtype is None else _name(facts.dtype)} [{', '.join(map(str, known))}]"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

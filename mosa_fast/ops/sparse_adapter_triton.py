@@ -1,0 +1,104 @@
+"""Launches the sparse adapter's Triton kernels; the contract is in `launching.py`, the mathematics in the kernels.
+
+The backward goes towards the input (rows), then towards the weights (two stages). In all, for M rows of D elements of s
+bytes: 5 M D s (grad_out and x twice, x's gradient once) where the design's least is 3 M D s; the second reading is the
+price of deterministic weight gradients, whose sums over all tokens do not fit on the chip beside the row-wise pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from mosa_fast.kernels.sparse_adapter_bwd_input import sparse_adapter_bwd_input_kernel
+from mosa_fast.kernels.sparse_adapter_bwd_weight import (
+    sparse_adapter_bwd_weight_kernel,
+    sum_segments_kernel,
+    sum_slices_kernel,
+)
+from mosa_fast.kernels.sparse_adapter_fwd import sparse_adapter_fwd_kernel
+from mosa_fast.ops import launching, triton_launching, triton_tiles
+from mosa_fast.ops.call import SparseAdapterCall
+from mosa_fast.ops.triton_tiles import Tile
+
+SUM_TILE = Tile(rows=16, columns=128)  # stage 2: 16 independent loads in flight for each thread
+BIAS_TILE = Tile(rows=1, columns=32)  # narrow: the tile has a row for every expert, up to 255
+
+
+def forward(call: SparseAdapterCall, out: Tensor, saved: Sequence[Tensor]) -> None:
+    """Fill the output and the saved tensors."""
+    c, (stats, pre, vectors) = call, map(launching.wanted, saved)
+    tile = triton_tiles.choose("forward", c, c.bottleneck)
+    triton_launching.launch(
+        sparse_adapter_fwd_kernel,
+        (triton.cdiv(c.rows_per_group, tile.rows) * c.groups,),
+        tile,
+        _arguments(c) | {"out_ptr": out, "stats_ptr": stats, "pre_ptr": pre, "vectors_ptr": vectors},
+    )
+
+
+def backward(call: SparseAdapterCall, grad_out: Tensor, saved: Sequence[Tensor], gradients: dict[str, Tensor]) -> None:
+    """Fill the gradients."""
+    c, device = call, grad_out.device
+    stats, pre, vectors = map(launching.wanted, saved)
+    arguments = _arguments(c) | dict.fromkeys(f"grad_{name}_ptr" for name in c.TENSORS)
+    arguments |= {f"grad_{name}_ptr": gradient for name, gradient in gradients.items()}
+    arguments |= {
+        "grad_out_ptr": grad_out,
+        "stats_ptr": stats,
+        "pre_ptr": pre,
+        "vectors_ptr": vectors,
+        "hidden_ptr": launching.empty((c.out_rows, c.bottleneck), c.product_dtype, device),
+        "grad_pre_ptr": launching.empty((c.out_rows, c.bottleneck), c.product_dtype, device),
+    }
+
+    tile = triton_tiles.choose("backward_input", c, c.bottleneck)
+    programs = triton.cdiv(c.rows_per_group, tile.rows) * (1 if c.fork else c.groups)
+    scaled = "scale_tensor" in gradients
+    arguments["scale_partial_ptr"] = launching.empty((programs,), torch.float32, device) if scaled else None
+    triton_launching.launch(sparse_adapter_bwd_input_kernel, (programs,), tile, arguments)
+    if "up_weight" not in gradients:
+        return
+
+    tile = triton_tiles.choose("backward_weight", c, c.bottleneck)
+    column_blocks = triton.cdiv(c.width, tile.columns)
+    split = launching.split_tokens(c, tile.rows, max(1, launching.multiprocessors(device) // column_blocks))
+    length = 2 * c.width * c.bottleneck + 2 * c.width
+    arguments |= {
+        "partial_ptr": launching.empty((split.slices, length), torch.float32, device),
+        "up_sums_ptr": launching.empty((split.segments, c.width), torch.float32, device),
+        "down_sums_ptr": launching.empty((split.segments, c.bottleneck), torch.float32, device),
+        **vars(split),
+        "programs": programs if scaled else 0,
+        "ACCUMULATE": split.segments_per_slice > 1,
+        "DOWN_SPLIT": c.down_owner is not None,
+        "UP_SPLIT": c.up_owner is not None,
+    }
+    blocks = split.slices * column_blocks
+    triton_launching.launch(sparse_adapter_bwd_weight_kernel, (blocks,), tile, arguments)
+    blocks = triton.cdiv(length, SUM_TILE.columns)
+    triton_launching.launch(sum_slices_kernel, (blocks,), SUM_TILE, arguments)
+    blocks = triton.cdiv(c.width, BIAS_TILE.columns) + triton.cdiv(c.bottleneck, BIAS_TILE.columns) + scaled
+    triton_launching.launch(sum_segments_kernel, (blocks,), BIAS_TILE, arguments)
+
+
+def _arguments(c: SparseAdapterCall) -> dict[str, Any]:
+    """What the call itself says, by the names of the kernels' parameters."""
+    return triton_launching.arguments(c) | {
+        "tokens": c.tokens,
+        "scale": c.scale,
+        "dropout_threshold": c.dropout_threshold,
+        "dropout_scale": 1.0 / (1.0 - c.dropout),
+        "eps": c.eps,
+        "BOTTLENECK": c.bottleneck,
+        "BLOCK_BOTTLENECK": triton_tiles.padded_rank(c.bottleneck),
+        "DOWN_EXPERTS": c.down_bias.shape[0],
+        "UP_EXPERTS": c.up_bias.shape[0],
+        "ACTIVATION": c.activation,
+        "ADD_INPUT": c.add_input,
+        "FIRST_SAMPLE": c.seed is not None and c.seed.numel() == 2,
+    }

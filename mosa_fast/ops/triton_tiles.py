@@ -1,0 +1,167 @@
+"""Block sizes, warps and pipeline stages of each Triton kernel: a table, by kernel, kind of call and size.
+
+A tile never depends on the number of tokens, so that a last short batch does not compile anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import triton
+
+from mosa_fast.ops.call import Call
+
+KERNELS = ("forward", "backward_input", "backward_weight")
+SMALLEST_DOT = 16  # the least a tile dimension may be in a tensor-core product
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a kernel cuts its work: rows (tokens) and columns (of D) of a block, warps, pipeline stages."""
+
+    rows: int
+    columns: int
+    warps: int = 4
+    stages: int = 2
+
+    def options(self) -> dict[str, int]:
+        """The compiler's options."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a tile depends on. dtype: of the products. architecture: "sm_90", "gfx942", "cpu" (interpreter)."""
+
+    kernel: str
+    width: int
+    bottleneck: int
+    dtype: torch.dtype
+    architecture: str
+    input_dtype: torch.dtype
+    fork: bool = False
+
+
+# By kernel and kind of call, then by bytes of a product's element and r padded to a power of two, at least 64. These
+# are the largest tiles found that compile without spills for sm_80 and sm_90 with every option on. They were chosen by
+# that alone and have not been timed on a GPU. Large, since each program reads all weights again: at 128 rows of D = 768
+# in bfloat16 they are 0.4 MB from L2 beside 0.6 MB of activations. One program of 8 warps a multiprocessor then hides
+# memory behind its pipeline. Exact float32 products run without tensor cores and want small tiles.
+TILES: dict[tuple[str, str], dict[tuple[int, int], Tile]] = {
+    ("forward", "plain"): {
+        (2, 64): Tile(128, 64, 8, 3),
+        (2, 128): Tile(128, 32, 8, 2),
+        (2, 256): Tile(64, 32, 8, 2),
+        (4, 64): Tile(32, 32, 4, 2),
+        (4, 128): Tile(32, 16, 8, 2),
+        (4, 256): Tile(16, 16, 8, 2),
+    },
+    ("backward_input", "plain"): {
+        (2, 64): Tile(128, 64, 8, 3),
+        (2, 128): Tile(64, 64, 8, 2),
+        (2, 256): Tile(32, 32, 8, 2),
+        (4, 64): Tile(32, 16, 4, 2),
+        (4, 128): Tile(16, 16, 8, 2),
+        (4, 256): Tile(16, 16, 8, 2),
+    },
+    ("backward_weight", "plain"): {
+        (2, 64): Tile(32, 128, 8, 4),
+        (2, 128): Tile(32, 64, 8, 3),
+        (2, 256): Tile(32, 32, 8, 2),
+        (4, 64): Tile(32, 64, 8, 2),
+        (4, 128): Tile(16, 32, 8, 2),
+        (4, 256): Tile(16, 16, 8, 2),
+    },
+    ("backward_weight", "sm_80"): {(2, 64): Tile(32, 64, 8, 3)},  # mma.sync takes more registers than wgmma
+    # x is wider than the products: timm's residual stream under autocast. A line of 128 bytes is 32 columns.
+    ("forward", "autocast"): {(2, 64): Tile(128, 32, 8, 3)},
+    ("backward_input", "autocast"): {(2, 64): Tile(128, 32, 8, 3)},
+    ("backward_weight", "autocast"): {
+        (2, 64): Tile(32, 64, 8, 3),
+        (2, 128): Tile(16, 64, 8, 3),
+        (2, 256): Tile(16, 32, 8, 3),
+    },
+    # A fork loops over its groups, which takes registers.
+    ("forward", "fork"): {(4, 64): Tile(16, 32, 4, 2)},
+    ("backward_input", "fork"): {
+        (2, 64): Tile(64, 64, 8, 2),
+        (2, 128): Tile(64, 32, 8, 1),
+        (2, 256): Tile(32, 16, 8, 2),
+    },
+    # D or r is no multiple of 16 bytes: no vector loads, an address for every element.
+    ("forward", "ragged"): {
+        (2, 64): Tile(32, 32, 8, 2),
+        (2, 128): Tile(32, 16, 8, 1),
+        (2, 256): Tile(32, 16, 8, 1),
+        (4, 64): Tile(16, 16, 4, 1),
+        (4, 128): Tile(16, 16, 8, 1),
+        (4, 256): Tile(16, 16, 8, 1),
+    },
+    ("backward_input", "ragged"): {
+        (2, 64): Tile(32, 32, 8, 2),
+        (2, 128): Tile(16, 16, 8, 1),
+        (2, 256): Tile(16, 16, 8, 1),
+        (4, 64): Tile(16, 16, 4, 1),
+        (4, 128): Tile(16, 16, 8, 1),
+        (4, 256): Tile(16, 16, 8, 1),
+    },
+    ("backward_weight", "ragged"): {
+        (2, 64): Tile(16, 32, 8, 2),
+        (2, 128): Tile(16, 16, 8, 1),
+        (2, 256): Tile(16, 16, 8, 1),
+        (4, 64): Tile(16, 32, 8, 2),
+        (4, 128): Tile(16, 16, 8, 2),
+        (4, 256): Tile(16, 16, 8, 1),
+    },
+}
+INTERPRETER = Tile(rows=16, columns=64, warps=4, stages=1)  # small, so that small tests have several blocks
+ROOMY = ("sm_80", "sm_90", "sm_100", "sm_103")  # at least 163 KB of shared memory a program; others may have 99 KB
+VECTOR_BYTES = 16
+
+
+def padded_rank(rank: int) -> int:
+    """A number of ranks as tiles have it: a power of two."""
+    return max(SMALLEST_DOT, triton.next_power_of_2(rank))
+
+
+def choose(kernel: str, call: Call, bottleneck: int) -> Tile:
+    """The tile of one of `KERNELS` for a call."""
+    architecture = architecture_of(call.x.device)
+    return tile_of(Key(kernel, call.width, bottleneck, call.product_dtype, architecture, call.x.dtype, call.fork))
+
+
+def tile_of(key: Key) -> Tile:
+    """The tile for a key."""
+    if key.architecture == "cpu":
+        return INTERPRETER
+    bytes_each = key.dtype.itemsize
+    size = (bytes_each, min(max(64, triton.next_power_of_2(key.bottleneck)), 256))
+    kinds = ["plain", key.architecture]
+    if key.input_dtype.itemsize > bytes_each:
+        kinds.append("autocast")
+    if key.fork:
+        kinds.append("fork")
+    if key.width * bytes_each % VECTOR_BYTES or key.bottleneck * bytes_each % VECTOR_BYTES:
+        kinds.append("ragged")
+    tile = next(t for kind in reversed(kinds) if (t := TILES.get((key.kernel, kind), {}).get(size)))
+    if key.architecture in ROOMY:
+        return tile
+    # 64 KB on AMD's chips is no room for a pipeline; 99 KB is room for a shorter one.
+    return replace(tile, stages=1 if key.architecture.startswith("gfx") else max(1, tile.stages - 1))
+
+
+def architecture_of(device: torch.device) -> str:
+    """The name of a chip's instruction set; "cpu" where Triton interprets."""
+    if device.type != "cuda":
+        return "cpu"
+    return _architecture_of_gpu(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@lru_cache
+def _architecture_of_gpu(index: int) -> str:
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(index).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
