@@ -1,0 +1,323 @@
+"""The registry of contenders: no adapters, ours, the paper's way of working, a dense adapter, LoRA.
+
+A contender is a function from a `Setting` to a `Learner`, registered under its name: a new one needs no change anywhere
+else. Where there is little time, those at the end of this file are left out first. All stand on the same frozen timm
+ViT (no dropout or drop-path of its own) with a trained head, and see two views of the same images.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import models
+from benchmarks.models import Inputs, Mixture, Setting
+from benchmarks.plain import CopiedAdapter, DenseAdapter, PlainModel, gradient
+from benchmarks.spec import CONFIG, VIEWS, Level, Spec
+from mosa_fast.adapters.model import adapters
+from mosa_fast.config import MoSAConfig
+from mosa_fast.nn import SparseAdapter
+from mosa_fast.ops import backend
+from mosa_fast.ops.backends import BACKENDS, unavailable_reason
+
+LORA_RANK = 16  # on q, k and v in timm's fused projection
+
+
+class Batch:
+    """The same data in two forms, so that nobody pays for cutting or joining it.
+
+    Attributes:
+        joined: for one pass over both views: tokens `[2 B, T, D]`, view after view; or images `[B, 3, H, W]`.
+        views: for a pass of each view: tokens `[B, T, D]`, or the same images twice; made when first asked for.
+    """
+
+    def __init__(self, joined: Inputs, level: Level) -> None:
+        self.joined, self.level = joined, level
+
+    @cached_property
+    def views(self) -> tuple[Inputs, ...]:  # noqa: D102  # see the class
+        if self.level == "model":
+            return (self.joined,) * VIEWS
+        halves = zip(*(tensor.detach().chunk(VIEWS) for tensor in self.joined), strict=True)
+        return tuple(tuple(half.clone().requires_grad_() for half in view) for view in halves)
+
+    def repeated(self) -> Inputs:
+        """Both views in one batch from their beginning."""
+        return tuple(x.repeat(VIEWS, 1, 1, 1) for x in self.joined) if self.level == "model" else self.joined
+
+    def tensors(self) -> list[Tensor]:
+        """Whatever may have got a gradient."""
+        views = self.__dict__.get("views", ())
+        return [*self.joined, *(tensor for view in views for tensor in view)]
+
+
+@dataclass
+class Learner:
+    """A model as one way of working trains and evaluates it, at one level.
+
+    Attributes:
+        module: everything, for its parameters.
+        train: a batch and a step number to outputs: one tensor for all views, or one for each.
+        evaluate: images to logits `[B, classes]`.
+        mixture: what its results must equal; None where the mathematics is another, and only finite results are asked.
+        adapters: those whose gradients are compared.
+        separate: has a pass for each view.
+        route: makes the views take given experts, int32 `[blocks, V, 2]`; None: their draw follows from the step.
+        after_backward: what is done to the gradients before the optimizer's step.
+        prepare_evaluation: what is done once before evaluation.
+    """
+
+    module: nn.Module
+    train: Callable[[Batch, int], tuple[Tensor, ...]]
+    evaluate: Callable[[Tensor], Tensor]
+    mixture: Mixture | None = None
+    adapters: Sequence[CopiedAdapter | SparseAdapter] = ()
+    separate: bool = False
+    route: Callable[[Tensor], None] | None = None
+    after_backward: Callable[[], None] = lambda: None
+    prepare_evaluation: Callable[[], None] = lambda: None
+
+    def trained(self) -> list[nn.Parameter]:
+        """Parameters that the optimizer updates."""
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Of the adapters' weights, by layer and name, in the compact form's shapes."""
+        return {
+            f"{index}.{name}": value
+            for index, adapter in enumerate(self.adapters)
+            for name, value in _gradients(adapter).items()
+        }
+
+
+def _gradients(adapter: CopiedAdapter | SparseAdapter) -> dict[str, Tensor]:
+    if isinstance(adapter, CopiedAdapter):
+        return adapter.gradients()
+    return {name: gradient(parameter) for name, parameter in adapter.named_parameters()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered contender.
+
+    Attributes:
+        make: the function.
+        cases: those it takes part in.
+        when: whether it takes part in a spec of theirs on a device.
+        unavailable: why it cannot run here; None: it can.
+        shares_views: in a training step, what the views have in common is run once.
+    """
+
+    make: Callable[[Setting], Learner]
+    cases: tuple[str, ...]
+    when: Callable[[Spec, torch.device], bool] = lambda spec, device: True
+    unavailable: Callable[[], str | None] = lambda: None
+    shares_views: bool = False
+
+    def takes_part(self, spec: Spec, device: torch.device) -> bool:
+        """Whether it is a row of the spec."""
+        return spec.case in self.cases and self.when(spec, device)
+
+
+CONTENDERS: dict[str, Entry] = {}
+ALL_CASES = ("operator", "block", "step", "evaluation")
+NO_ADAPTER, NO_ADAPTER_UNSHARED = "no adapter", "no adapter, two views"
+VARIANTS = ("compiled", "two views")  # ends of names; a variant has its contender's colour in the plots
+
+_Maker = TypeVar("_Maker", bound=Callable[..., Learner])
+
+
+def contender(name: str, cases: tuple[str, ...] = ALL_CASES, **options: Any) -> Callable[[_Maker], _Maker]:
+    """Register a contender under a name; the options are `Entry`'s."""
+
+    def register(make: _Maker) -> _Maker:
+        CONTENDERS[name] = Entry(make, cases, **options)
+        return make
+
+    return register
+
+
+def split_variant(name: str) -> tuple[str, str]:
+    """A row's name as contender and variant ("" where it is none): ("ours, triton", "compiled")."""
+    start, _, end = name.rpartition(", ")
+    return (start, end) if end in VARIANTS else (name, "")
+
+
+# Nothing
+
+
+@contender(NO_ADAPTER, shares_views=True)
+def without_adapters(setting: Setting) -> Learner:
+    """The same work without adapters; a model's first block runs once, and its output is repeated."""
+    return _without_adapters(setting, shared=True)
+
+
+@contender(NO_ADAPTER_UNSHARED, cases=("step",))
+def without_adapters_unshared(setting: Setting) -> Learner:
+    """The same work without adapters, both views from the pixels on."""
+    return _without_adapters(setting, shared=False)
+
+
+def _without_adapters(setting: Setting, *, shared: bool) -> Learner:
+    # In a model gradients flow from the head to the output of the first block: with adapters that is as far as they
+    # reach, since the first adapter is the first thing that is trained.
+    model, level = copy.deepcopy(setting.backbone), setting.level
+
+    def fork(block: nn.Module, inputs: Any, x: Tensor) -> Tensor:
+        x = x.repeat(VIEWS, 1, 1) if shared and block.training else x
+        return x.detach().requires_grad_(block.training)
+
+    if level == "model":
+        model.blocks[0].register_forward_hook(fork)
+
+    def train(batch: Batch, step: int) -> tuple[Tensor, ...]:
+        if level == "operator":
+            h, skip = batch.joined
+            return (h + skip,)
+        if level == "block":
+            return (model.blocks(*batch.joined),)
+        return (model(*(batch.joined if shared else batch.repeated())),)
+
+    return Learner(model, train, model)
+
+
+# Ours
+
+
+def ours(
+    setting: Setting,
+    backend_name: str,
+    *,
+    config: MoSAConfig = CONFIG,
+    compiled: bool = False,
+    shared: bool = True,
+) -> Learner:
+    """Our adapters on a backend; shared: the views of a model run their beginning in common."""
+    mixture = setting.mixture(config)
+    model = setting.stored(mixture)
+    return mixture_learner(model, mixture, setting.level, backend_name, compiled=compiled, shared=shared)
+
+
+def mixture_learner(
+    model: Mixture, mixture: Mixture, level: Level, backend_name: str, *, compiled: bool = False, shared: bool = True
+) -> Learner:
+    """A model with our adapters that must compute what the mixture does."""
+    part = models.part(model, level)
+    run: Any = torch.compile(part, dynamic=False) if compiled else part
+
+    def train(batch: Batch, step: int) -> tuple[Tensor, ...]:
+        device = batch.joined[0].device
+        with backend(backend_name):
+            if level == "model" and shared:
+                return (models.run_model(run, batch.joined, step),)
+            routing = models.draw_step(model, step, device)
+            if level == "model":
+                return (models.run_unshared(model, batch.joined, routing),)
+            one_layer = models.run_adapter if level == "operator" else models.run_block
+            return (one_layer(run, batch.joined, routing),)
+
+    def evaluate(images: Tensor) -> Tensor:
+        with backend(backend_name):
+            return run(images)
+
+    return Learner(model, train, evaluate, mixture, list(adapters(model)))
+
+
+def best_backend(device: torch.device) -> str:
+    """What `auto` would take on the device."""
+    kernels = ("triton", "cuda") if device.type == "cuda" else ()
+    return next((name for name in kernels if unavailable_reason(name) is None), "reference")
+
+
+def _when_best(name: str, spec: Spec, device: torch.device) -> bool:
+    return name == best_backend(device)
+
+
+for _name in BACKENDS:
+    # Those that cannot serve here are rows with their reason, their variants are no rows.
+    contender(f"ours, {_name}", unavailable=partial(unavailable_reason, _name), shares_views=True)(
+        partial(ours, backend_name=_name)
+    )
+    contender(f"ours, {_name}, two views", cases=("step",), when=partial(_when_best, _name))(
+        partial(ours, backend_name=_name, shared=False)
+    )
+
+
+# Others
+
+
+@contender("paper")
+def paper(setting: Setting, compiled: bool = False) -> Learner:
+    """E copies, experts drawn by Python's generator, a whole forward for each view, masks after backward."""
+    mixture = setting.mixture()
+    copies = [CopiedAdapter(adapter) for adapter in adapters(mixture)]
+    model = PlainModel(setting.backbone, copies, setting.level, compiled)
+    draws, number = random.Random(0), mixture.mosa_config.experts
+    given: list[list[int]] = []
+
+    def route(experts: Tensor) -> None:
+        given[:] = [experts[:, view, 1].tolist() for view in range(VIEWS)]
+
+    def train(batch: Batch, step: int) -> tuple[Tensor, ...]:
+        routes = given or [[draws.randrange(number) for _ in copies] for _ in range(VIEWS)]
+        return tuple(model(*view, experts=route) for view, route in zip(batch.views, routes, strict=True))
+
+    def mask_gradients() -> None:
+        for adapter in copies:
+            adapter.up.mask_gradients()
+
+    def merge() -> None:
+        for adapter in copies:
+            adapter.up.merge()
+
+    return Learner(model, train, model, mixture, copies, True, route, mask_gradients, merge)
+
+
+@contender("dense")
+def dense(setting: Setting) -> Learner:
+    """AdaptFormer's dense adapter, two dropout views in one batch."""
+    made = [DenseAdapter(adapter) for adapter in adapters(setting.mixture())]
+    model = PlainModel(setting.backbone, made, setting.level, compiled=False)
+    return Learner(model, lambda batch, step: (model(*batch.repeated()),), model)
+
+
+def _lora_unavailable() -> str | None:
+    return None if importlib.util.find_spec("peft") else 'peft is not installed: pip install -e ".[compare]"'
+
+
+@contender("lora", cases=("block", "step", "evaluation"), unavailable=_lora_unavailable)
+def lora(setting: Setting) -> Learner:
+    """LoRA by the peft library on the fused q, k, v projections, two views in one batch."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=LORA_RANK, lora_dropout=0.1, target_modules=["qkv"], modules_to_save=["head"])
+    model: Any = get_peft_model(copy.deepcopy(setting.backbone), config)
+    run = model if setting.level == "model" else model.base_model.model.blocks
+    return Learner(model, lambda batch, step: (run(*batch.repeated()),), model)
+
+
+# Under torch.compile
+
+
+def _when_best_compiled(name: str, spec: Spec, device: torch.device) -> bool:
+    # The compiled reference is what a fused operator has to beat.
+    return spec.compiled and (name == best_backend(device) or (name == "reference" and spec.case == "operator"))
+
+
+def _when_compiled(spec: Spec, device: torch.device) -> bool:
+    return spec.compiled
+
+
+for _name in BACKENDS:
+    contender(f"ours, {_name}, compiled", when=partial(_when_best_compiled, _name), shares_views=True)(
+        partial(ours, backend_name=_name, compiled=True)
+    )
+contender("paper, compiled", when=_when_compiled)(partial(paper, compiled=True))
