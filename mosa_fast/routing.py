@@ -8,6 +8,7 @@ checkpointing recomputes with them, and a captured CUDA graph only needs the ste
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,12 +24,28 @@ class Routing:
     """What the adapted blocks of a model need for one pass.
 
     Attributes:
-        experts: int32 `[layers, V, 2]`: the (down, up) expert of every block and view.
-        seeds: int64 `[layers, 2]`: dropout key and global index of the first sample (ops.philox.dropout_keep).
+        experts: int32 `[adapters, V, 2]`: the (down, up) expert of every adapter and view.
+        seeds: int64 `[adapters, 2]`: dropout key and global index of the first sample (ops.philox.dropout_keep).
     """
 
     experts: Tensor
     seeds: Tensor
+
+
+class BlockRouting(NamedTuple):
+    """One block's part of a Routing, for a pass that is running.
+
+    Attributes:
+        experts: int32 `[n, V, 2]`, for each of the block's n adapters in the order they run.
+        seeds: int64 `[n, 2]`.
+        fork: the block is given B samples and makes V * B of them.
+        outputs: receives the block's output, unless None.
+    """
+
+    experts: Tensor
+    seeds: Tensor
+    fork: bool = False
+    outputs: list[Tensor] | None = None
 
 
 def step_seed(seed: int, step: int | Tensor, first_sample: int = 0, device: torch.device | None = None) -> Tensor:

@@ -1,47 +1,53 @@
-"""Adapter files: what was trained, with owner maps, as safetensors; the frozen backbone is not in them."""
+"""Adapter files: what was trained, with owner maps, as safetensors; the frozen backbone is not in them.
+
+Tensors are named as timm names the modules they belong to, whatever wraps these: `blocks.0.adapter.down.weight`.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mosa_fast.adapters.model import adapt, adapters
-from mosa_fast.adapters.vision_transformer import AdaptedVisionTransformer
+from mosa_fast.adapters.model import AdaptedModel, adapt, adapters
+from mosa_fast.adapters.wrapper import Wrapper
 from mosa_fast.backbones.heads import classifiers
 from mosa_fast.config import MoSAConfig
 from mosa_fast.files import write_atomically
 from mosa_fast.nn import SparseProjection
 
 FORMAT = "mosa_fast.adapter.1"
+# What torch.compile and activation checkpointing call the module that they wrap.
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
-def save_adapter(model: AdaptedVisionTransformer, path: str | Path) -> None:
+def save_adapter(model: AdaptedModel, path: str | Path) -> None:
     """Write adapters (weights, W0, owner maps), head and anything else that is trained to a safetensors file.
 
     Raises:
         ValueError: the model has no adapters.
     """
-    metadata = {"format": FORMAT, "config": json.dumps(_config(model).to_dict())}
+    config = next(adapters(model)).config
+    metadata = {"format": FORMAT, "config": json.dumps(config.to_dict())}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained_state(model).items()}
     write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata))
 
 
-def load_adapter(model: VisionTransformer, path: str | Path) -> AdaptedVisionTransformer:
-    """Read a file of `save_adapter` into a model, in place.
+def load_adapter(model: nn.Module, path: str | Path) -> AdaptedModel:
+    """Read a file of `save_adapter` into a model.
 
     Args:
-        model: the same backbone: a plain timm model, which gets adapters and a head of the file's size, or one that
-            was adapted with the same configuration.
+        model: the same backbone: a plain timm model, which gets adapters and a head of the file's size in place, or
+            one that was adapted with the same configuration.
         path: the file.
 
     Returns:
-        The same model.
+        The adapted model: the given one, or one around it.
 
     Raises:
         ValueError: the file is not an adapter file, or does not fit the model; the message lists what is missing or
@@ -49,9 +55,9 @@ def load_adapter(model: VisionTransformer, path: str | Path) -> AdaptedVisionTra
         FileNotFoundError: there is no such file.
     """
     tensors, config = _read(Path(path))
-    if isinstance(model, AdaptedVisionTransformer):
-        if _config(model) != config:
-            raise ValueError(f"{path} was saved with {config}, but the model has {_config(model)}")
+    if isinstance(model, AdaptedModel):
+        if model.mosa_config != config:
+            raise ValueError(f"{path} was saved with {config}, but the model has {model.mosa_config}")
         load_trained_state(model, tensors, str(path))
         return model
     # Tried on a copy without data first: a file that does not fit leaves the model as it was.
@@ -61,26 +67,48 @@ def load_adapter(model: VisionTransformer, path: str | Path) -> AdaptedVisionTra
     return adapted
 
 
+def timm_names(model: nn.Module) -> dict[str, str]:
+    """The name that every entry of the model's state_dict has without wrappers of any kind, by its name there."""
+    own = {
+        _unwrapped(f"{path}.{module.CHILD}" if path else module.CHILD)
+        for path, module in model.named_modules()
+        if isinstance(module, Wrapper)
+    }
+    names = {}
+    for name in model.state_dict():
+        parts = _unwrapped(name).split(".")
+        paths = (".".join(parts[: index + 1]) for index in range(len(parts)))
+        names[name] = ".".join(part for part, path in zip(parts, paths, strict=True) if path not in own)
+    return names
+
+
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Everything a trained model has beyond its frozen backbone: trained tensors, adapters' buffers, heads."""
+    """Everything a trained model has beyond its frozen backbone: trained tensors, adapters' buffers, heads.
+
+    Names are timm's (`timm_names`).
+    """
     kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if isinstance(model, AdaptedVisionTransformer):
-        parts: list[nn.Module] = [*adapters(model), *classifiers(model)]
-        names = {module: name for name, module in model.named_modules()}
-        for module in parts:
-            kept |= {f"{names[module]}.{key}" for key in module.state_dict()}
-    return {name: tensor for name, tensor in model.state_dict().items() if name in kept}
+    if isinstance(model, AdaptedModel):
+        parts = {id(module) for module in (*adapters(model), *classifiers(model))}
+        for path, module in model.named_modules():
+            if id(module) in parts:
+                kept |= {f"{path}.{key}" for key in module.state_dict()}
+    kept = {_unwrapped(name) for name in kept}
+    names = timm_names(model)
+    return {names[name]: tensor for name, tensor in model.state_dict().items() if _unwrapped(name) in kept}
 
 
 def load_trained_state(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """Load what `trained_state` gave, if it fits; see `check_trained_state`."""
     check_trained_state(model, tensors, source)
-    model.load_state_dict(tensors, strict=False)
+    own = {timm_name: name for name, timm_name in timm_names(model).items()}
+    model.load_state_dict({own[name]: tensor for name, tensor in tensors.items()}, strict=False)
 
 
 def check_trained_state(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """Check names, shapes and owner maps against a model; ValueError names `source` and lists what does not fit."""
-    own = model.state_dict()
+    state, names = model.state_dict(), timm_names(model)
+    own = {names[name]: tensor for name, tensor in state.items()}
     problems = [f"missing {name}" for name in trained_state(model) if name not in tensors]
     for name, tensor in tensors.items():
         if name not in own:
@@ -90,20 +118,31 @@ def check_trained_state(model: nn.Module, tensors: dict[str, Tensor], source: st
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise ValueError(f"{source} does not fit this model: {shown}")
-    for name, module in model.named_modules():
+    unwrapped = {_unwrapped(name): timm_name for name, timm_name in names.items()}
+    for path, module in model.named_modules():
         if isinstance(module, SparseProjection):
-            module.check(name, tensors)
+            module.check(unwrapped[_unwrapped(f"{path}.weight")].removesuffix(".weight"), tensors)
 
 
-def _prepare(model: VisionTransformer, config: MoSAConfig, tensors: dict[str, Tensor]) -> AdaptedVisionTransformer:
+def _unwrapped(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPED)
+
+
+def _prepare(model: nn.Module, config: MoSAConfig, tensors: dict[str, Tensor]) -> AdaptedModel:
     """Adapters, and a head of the file's size, for a plain model."""
-    saved_head = tensors.get("head.bias")
-    if saved_head is not None and saved_head.shape[0] != model.num_classes:
-        model.reset_classifier(saved_head.shape[0])
+    timm_model: Any = model
+    heads = {id(module) for module in classifiers(model)}
+    sizes = [
+        tensors[f"{path}.weight"].shape[0]
+        for path, module in model.named_modules()
+        if id(module) in heads and f"{path}.weight" in tensors
+    ]
+    if sizes and sizes[0] != timm_model.num_classes:
+        timm_model.reset_classifier(sizes[0])
     return adapt(model, config)
 
 
-def _on_meta(model: VisionTransformer) -> VisionTransformer:
+def _on_meta(model: nn.Module) -> nn.Module:
     """A copy of the structure on the meta device; no data is copied."""
     copies: dict[int, object] = {}
     for parameter in model.parameters():
@@ -111,12 +150,6 @@ def _on_meta(model: VisionTransformer) -> VisionTransformer:
     for buffer in model.buffers():
         copies[id(buffer)] = buffer.to("meta")
     return copy.deepcopy(model, copies)
-
-
-def _config(model: nn.Module) -> MoSAConfig:
-    if not isinstance(model, AdaptedVisionTransformer):
-        raise ValueError(f"{type(model).__name__} has no adapters; call adapt(model, config) first")
-    return model.mosa_config
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], MoSAConfig]:

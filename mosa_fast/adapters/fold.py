@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TypeVar
 
 from torch import nn
 
 from mosa_fast.adapters.model import adapters
-from mosa_fast.adapters.vision_transformer import AdaptedVisionTransformer
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -21,6 +19,4 @@ def merge(model: Model) -> Model:
     """
     for adapter in adapters(model):
         adapter.merge()
-    assert isinstance(model, AdaptedVisionTransformer)
-    model.mosa_config = replace(model.mosa_config, experts=1)
     return model

@@ -1,79 +1,342 @@
-"""Putting adapters into a timm model, and merging them."""
+"""Adapters in a timm model, by composition: timm's own forward runs, through blocks that own timm's.
+
+Why it is built so: docs/design.md, How adapters get into a model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from timm.models.vision_transformer import Block, VisionTransformer
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from mosa_fast.adapters.vision_transformer import AdaptedBlock, AdaptedVisionTransformer, adapted_class
+from mosa_fast.adapters.placements import PLACEMENTS
+from mosa_fast.adapters.seams import AFTER_BLOCKS, carries_samples, find_blocks, seam_of
+from mosa_fast.adapters.wrapper import Wrapper
+from mosa_fast.backbones.frozen import draws_random_numbers, hold_statistics, parts_samples
 from mosa_fast.backbones.heads import classifiers
 from mosa_fast.config import MoSAConfig
 from mosa_fast.nn import SparseAdapter
+from mosa_fast.routing import BlockRouting, Routing, as_seed, draw
+
+NOT_ROUTED = (
+    "an adapted block in training was not told which experts to use: call the adapted model itself, as in "
+    "model(images, views=2) or model.forward_features(images), or evaluate with model.eval()"
+)
+
+CHECKPOINTS_BY_ITSELF = (
+    "gradient checkpointing is switched on in the backbone, where it would recompute without the experts of the pass: "
+    "call set_grad_checkpointing on the adapted model instead"
+)
 
 
-def adapt(model: VisionTransformer, config: MoSAConfig | None = None) -> AdaptedVisionTransformer:
-    """Put a mixture of sparse adapters into every block of a timm VisionTransformer, in place.
+class AdaptedBlock(Wrapper):
+    """A timm block, untouched, with its adapters.
+
+    Attributes:
+        block: timm's.
+        placement: a name in PLACEMENTS.
+        routing: what the adapters compute with in the pass that is running; None between passes.
+        grad_checkpointing: recompute this block in the backward pass in place of keeping its activations.
+    """
+
+    CHILD = "block"
+
+    def __init__(self, block: nn.Module, placement: str, adapters: dict[str, SparseAdapter]) -> None:
+        super().__init__()
+        self.placement = placement
+        self.routing: BlockRouting | None = None
+        self.grad_checkpointing = False
+        for name, adapter in adapters.items():
+            self.add_module(name, adapter)
+        self.block = block
+        self.train(block.training)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As timm's block, `[N, ...]` to the same; `[V * N, ...]` where the routing parts the views here.
+
+        Raises:
+            RuntimeError: there is no routing in training.
+        """
+        routing = self.routing
+        if routing is None and self.training:
+            raise RuntimeError(NOT_ROUTED)
+        if routing is not None and routing.fork and draws_random_numbers(self.block):
+            x, routing = repeat_batch(x, routing.experts.shape[1]), routing._replace(fork=False)
+        if self.grad_checkpointing and self.training:
+            # Saving torch's random state waits for the GPU: only where the frozen block draws from it.
+            draws = draws_random_numbers(self.block)
+            out = checkpoint(self._run, x, routing, args, kwargs, use_reentrant=False, preserve_rng_state=draws)
+        else:
+            out = self._run(x, routing, args, kwargs)
+        if routing is not None and routing.outputs is not None:
+            routing.outputs.append(out)
+        return out
+
+    def _run(self, x: Tensor, routing: BlockRouting | None, args: Any, kwargs: Any) -> Tensor:
+        seam, placement = seam_of(self.block), PLACEMENTS[self.placement]
+        assert seam is not None
+        h = seam.attention(self.block, x, *args, **kwargs)
+        return placement.run(self.block, seam, self.adapters(), h, routing)
+
+    def adapters(self) -> list[SparseAdapter]:
+        """This block's adapters, in the order they run."""
+        return [getattr(self, name) for name in PLACEMENTS[self.placement].adapters]
+
+
+class AdaptedModel(Wrapper):
+    """A timm model whose blocks have adapters, and which can run several views of its images in one pass.
+
+    It answers to the timm model's names too: `model.head`, `model.forward_features(images)`, `model.group_matcher()`.
+
+    Attributes:
+        backbone: the timm model; calling it by itself works in evaluation only.
+    """
+
+    CHILD = "backbone"
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    @property
+    def mosa_config(self) -> MoSAConfig:
+        """What was put in (after `merge`, with one expert): the configuration that every adapter holds."""
+        return next(adapters(self)).config
+
+    def forward(
+        self,
+        images: Any,
+        views: int = 1,
+        experts: Tensor | None = None,
+        seed: Tensor | int | None = None,
+        block_outputs: list[Tensor] | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """Logits of one or more stochastic views of the images (of the merged model in evaluation).
+
+        All views share one pass up to the first random operation: the first adapter turns B samples into V * B, or
+        the input is repeated, where the frozen backbone draws random numbers before it or the arguments hold
+        something for every image.
+
+        Args:
+            images: `[B, 3, H, W]`, or what else the timm model takes.
+            views: number of views V when `experts` is None.
+            experts: int32 `[adapters, V, 2]`, the (down, up) experts of every adapter and view; -1 is merged. None:
+                drawn once per forward in training, merged in evaluation.
+            seed: of draws and dropout: an int, or an int64 tensor as `mosa_fast.routing.step_seed` makes it. None:
+                fresh, from torch's random state.
+            block_outputs: a list that receives every block's output, `[V * B, ...]`.
+            arguments: of the timm model's forward, such as attn_mask.
+
+        Returns:
+            `[V * B, classes]`, view after view.
+
+        Raises:
+            ValueError: experts has another shape.
+            RuntimeError: gradient checkpointing was switched on in the backbone.
+        """
+        if experts is None and not self.training:
+            logits = self.backbone(images, **arguments)
+            return logits if views == 1 else repeat_batch(logits, views)  # views of a merged model are all alike
+        blocks, others = _parts(self.backbone)
+        if any(map(_checkpoints, (self.backbone, *others))):
+            raise RuntimeError(CHECKPOINTS_BY_ITSELF)
+        routing = self._draw(blocks, views, experts, seed)
+        views = routing.experts.shape[1]
+        per_sample = {name for name, value in arguments.items() if carries_samples(name, value)}
+        fork = views > 1
+        if fork and (per_sample or not isinstance(images, Tensor) or any(map(parts_samples, others))):
+            images, fork = repeat_batch(images, views), False
+            arguments |= {name: repeat_batch(arguments[name], views) for name in per_sample}
+        with routed(blocks, routing, fork=fork, block_outputs=block_outputs):
+            return self.backbone(images, **arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        # The timm model's other ways through its blocks: one view, drawn once.
+        if name in ("forward_features", "forward_intermediates", "get_intermediate_layers"):
+            return functools.partial(self._one_view, value)
+        return value
+
+    def _one_view(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self.training:
+            return method(*args, **kwargs)
+        blocks, _ = _parts(self.backbone)
+        with routed(blocks, self._draw(blocks, 1, None, None)):
+            return method(*args, **kwargs)
+
+    def _draw(
+        self, blocks: list[AdaptedBlock], views: int, experts: Tensor | None, seed: Tensor | int | None
+    ) -> Routing:
+        if views < 1:
+            raise ValueError(f"views must be at least 1, got {views}")
+        layers = sum(len(block.adapters()) for block in blocks)
+        first = blocks[0].adapters()[0]
+        # Nothing is taken from torch's random state where nothing is random.
+        key = as_seed(seed if self.training else 0, first.down.weight.device)
+        if experts is None:
+            return draw(key, layers, views, first.config.experts)
+        if experts.ndim != 3 or experts.shape[0] != layers or experts.shape[2] != 2:
+            raise ValueError(f"experts must be int32 [{layers}, V, 2], got {list(experts.shape)}")
+        return Routing(experts, draw(key, layers, 1, first.config.experts).seeds)
+
+    def train(self, mode: bool = True) -> AdaptedModel:
+        """Set the mode; BatchNorm of the frozen backbone stays in evaluation (docs/design.md, Frozen stays frozen)."""
+        super().train(mode)
+        hold_statistics(self)
+        return self
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each adapted block in the backward pass, with the same experts and dropout."""
+        for block in _parts(self.backbone)[0]:
+            block.grad_checkpointing = enable
+        if any(map(_checkpoints, self.backbone.modules())):
+            self.backbone.set_grad_checkpointing(False)  # type: ignore[operator]
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """As the timm model's; what it makes anew (position embeddings) stays frozen if it was."""
+        trained = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
+        self.backbone.set_input_size(*args, **kwargs)  # type: ignore[operator]
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(trained.get(name, True))
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The timm model's patterns of parameter groups (for layer decay), for this model's names."""
+        groups: dict[str, Any] = self.backbone.group_matcher(coarse=coarse)  # type: ignore[operator]
+        return {name: _prefix_patterns(patterns) for name, patterns in groups.items()}
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that the timm model wants spared from weight decay."""
+        names = getattr(self.backbone, "no_weight_decay", set)
+        return {f"{self.CHILD}.{name}" for name in names()}
+
+
+@contextmanager
+def routed(
+    blocks: Sequence[AdaptedBlock],
+    routing: Routing,
+    *,
+    fork: bool = False,
+    block_outputs: list[Tensor] | None = None,
+) -> Iterator[None]:
+    """Inside this context the blocks compute with the experts and seeds of a routing.
+
+    Args:
+        blocks: in the order they run.
+        routing: of all their adapters.
+        fork: the first block is given B samples and makes V * B of them; False: blocks are given all views.
+        block_outputs: receives every block's output.
+    """
+    sizes = [len(block.adapters()) for block in blocks]
+    parts = zip(blocks, routing.experts.split(sizes), routing.seeds.split(sizes), strict=True)
+    try:
+        for index, (block, experts, seeds) in enumerate(parts):
+            block.routing = BlockRouting(experts, seeds, fork and index == 0, block_outputs)
+        yield
+    finally:
+        for block in blocks:
+            block.routing = None
+
+
+def adapt(model: nn.Module, config: MoSAConfig | None = None) -> AdaptedModel:
+    """Put a mixture of sparse adapters into every block of a timm model.
 
     The backbone is frozen; the adapters and the classification head are trained. The adapted model is called as
     `model(images, views=2)` in training, which gives `[2 * B, classes]`, and as `model(images)` in evaluation.
 
     Args:
-        model: a timm VisionTransformer made of plain Blocks (ViT, DeiT, DINOv2, MAE, MoCo v3, CLIP and others).
+        model: a timm model of a family that `mosa_fast.adapters.seams` knows; its blocks are replaced in place.
         config: what to put in; the paper's defaults when None.
 
     Returns:
-        The same model.
+        A model around the given one.
 
     Raises:
         ValueError: the model is of another kind, or has adapters already.
     """
     config = config or MoSAConfig()
-    if isinstance(model, AdaptedVisionTransformer):
+    if any(isinstance(module, AdaptedBlock) for module in model.modules()):
         raise ValueError("the model has adapters already; make a new one, or merge(model) and go on with that")
-    if not isinstance(model, VisionTransformer):
-        raise ValueError(f"adapt needs a timm VisionTransformer, got {type(model).__name__}")
-    for index, block in enumerate(model.blocks):
-        if type(block) is not Block:
-            raise ValueError(f"adapt knows timm's Block, but blocks.{index} is a {type(block).__name__}")
-        if not isinstance(block.norm2, nn.LayerNorm):
-            raise ValueError(f"adapt needs LayerNorm, but blocks.{index}.norm2 is a {type(block.norm2).__name__}")
-
+    found = list(find_blocks(model))
+    checkpoints = any(map(_checkpoints, model.modules()))
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(config.seed)
-    for block in model.blocks:
-        assert isinstance(block, Block)
-        norm = block.norm2
-        assert isinstance(norm, nn.LayerNorm)
-        # Master weights are float32 under a half-precision backbone.
-        dtype = torch.promote_types(norm.weight.dtype, torch.float32)
-        block.adapter = SparseAdapter(
-            norm.normalized_shape[0],
-            config.bottleneck,
-            config.experts,
-            share=config.share,
-            scale=config.scale,
-            dropout=config.dropout,
-            bias=config.bias,
-            merge=config.merge,
-            norm_eps=norm.eps,
-            generator=generator,
-            device=norm.weight.device,
-            dtype=dtype,
-        ).train(block.training)
-        block.__class__ = AdaptedBlock
-    model.__class__ = adapted_class(type(model))
-    assert isinstance(model, AdaptedVisionTransformer)
-    model.mosa_config = config
+    for parent, name, block in found:
+        norm: Any = block.norm2
+        options = {
+            "norm_eps": norm.eps,
+            "generator": generator,
+            "device": norm.weight.device,
+            # Master weights are float32 under a half-precision backbone.
+            "dtype": torch.promote_types(norm.weight.dtype, torch.float32),
+        }
+        made = PLACEMENTS[config.placement].make(config, norm.weight.numel(), **options)
+        parent.register_module(name, AdaptedBlock(block, config.placement, made))
     for module in classifiers(model):
         module.requires_grad_(True)
-    return model
+    adapted = AdaptedModel(model).train(model.training)
+    if checkpoints:
+        adapted.set_grad_checkpointing(True)
+    return adapted
 
 
 def adapters(model: nn.Module) -> Iterator[SparseAdapter]:
-    """The adapters of an adapted model, from the first block to the last."""
-    if not isinstance(model, AdaptedVisionTransformer):
+    """The adapters in a model, whatever wraps it or its blocks, from the first to the last that runs.
+
+    Raises:
+        ValueError: it has none.
+    """
+    found = False
+    for module in model.modules():
+        if isinstance(module, SparseAdapter):
+            found = True
+            yield module
+    if not found:
         raise ValueError(f"{type(model).__name__} has no adapters; call adapt(model, config) first")
-    return (block.adapter for block in model.blocks if isinstance(block, AdaptedBlock))
+
+
+def repeat_batch(value: Any, views: int) -> Any:
+    """`[B, ...]` to `[V * B, ...]`, view after view; in a dictionary, every value."""
+    if isinstance(value, Mapping):
+        return {key: repeat_batch(item, views) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(repeat_batch(item, views) for item in value)
+    return value.repeat(views, *[1] * (value.ndim - 1))
+
+
+def _parts(backbone: nn.Module) -> tuple[list[AdaptedBlock], list[nn.Module]]:
+    """The adapted blocks in a timm model, and the modules outside of them that run before the last one."""
+    blocks: list[AdaptedBlock] = []
+    others: list[nn.Module] = []
+
+    def walk(module: nn.Module, left_out: tuple[str, ...] = ()) -> None:
+        for name, child in module.named_children():
+            if isinstance(child, AdaptedBlock):
+                blocks.append(child)
+            elif name not in left_out:
+                others.append(child)
+                walk(child)
+
+    walk(backbone, AFTER_BLOCKS)
+    return blocks, others
+
+
+def _checkpoints(module: nn.Module) -> bool:
+    return bool(module.__dict__.get("grad_checkpointing", False))
+
+
+def _prefix_patterns(patterns: Any) -> Any:
+    """Regular expressions, alone or in pairs and lists, for names that begin with the backbone's."""
+    if isinstance(patterns, str):
+        # timm matches from the start of a name, so that its anchors may go.
+        unanchored = re.sub(r"(^|[|(])\^", r"\1", patterns)
+        return rf"^{AdaptedModel.CHILD}\.(?:{unanchored})"
+    if isinstance(patterns, (list, tuple)):
+        return type(patterns)(_prefix_patterns(item) for item in patterns)
+    return patterns  # what timm puts in a group's place

@@ -1,22 +1,47 @@
-"""What a frozen backbone still does by itself in training."""
+"""What a frozen backbone still does by itself in training: it draws random numbers, and BatchNorm counts."""
 
 from __future__ import annotations
 
 from timm.layers import DropPath, PatchDropout
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def draws_random_numbers(module: nn.Module) -> bool:
     """Whether a module draws from torch's random state in its forward pass (adapters do not: they take a seed)."""
-    for m in module.modules():
-        if isinstance(m, nn.Dropout):
-            rate = m.p
-        elif isinstance(m, DropPath):
-            rate = m.drop_prob or 0.0
-        elif isinstance(m, PatchDropout):
-            rate = m.prob
-        else:
-            continue
-        if m.training and rate > 0:
-            return True
-    return False
+    return any(parts_samples(m) or _moves_positions(m) for m in module.modules())
+
+
+def parts_samples(module: nn.Module) -> bool:
+    """Whether a module, its children left out, draws something of its own for every sample."""
+    if isinstance(module, nn.Dropout):
+        rate = module.p
+    elif isinstance(module, DropPath):
+        rate = module.drop_prob or 0.0
+    elif isinstance(module, PatchDropout):
+        rate = module.prob
+    else:
+        return False
+    return module.training and rate > 0
+
+
+def _moves_positions(module: nn.Module) -> bool:
+    """Whether rotary positions are shifted or scaled at random, alike for all samples (Sapiens 2)."""
+    settings = (getattr(module, f"{name}_coords", None) for name in ("shift", "jitter", "rescale"))
+    return module.training and any(setting is not None for setting in settings)
+
+
+def set_training(model: nn.Module, training: bool = True) -> None:
+    """Put a model into training or evaluation mode, but for BatchNorm whose weights are frozen: see hold_statistics."""
+    model.train(training)
+    hold_statistics(model)
+
+
+def hold_statistics(model: nn.Module) -> None:
+    """Keep BatchNorm with frozen weights in evaluation: it must neither learn its statistics nor use the batch's.
+
+    In training mode it would do both, and the model that is evaluated would not be the one that was trained.
+    """
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters(recurse=False)):
+            module.training = False

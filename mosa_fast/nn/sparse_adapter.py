@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -11,8 +14,7 @@ from mosa_fast.ops import sparse_adapter
 from mosa_fast.ops.reference import MERGED
 from mosa_fast.routing import as_seed, draw
 
-ADAPTFORMER_SCALE = 0.1  # METHOD: Placements
-ADAPTFORMER_DROPOUT = 0.1
+SCALE = DROPOUT = 0.1  # AdaptFormer's: by itself the layer is an adapter parallel to a branch
 
 
 class SparseAdapter(nn.Module):
@@ -26,7 +28,9 @@ class SparseAdapter(nn.Module):
         dim: width D of the tokens.
         bottleneck: width r of the adapter.
         experts: number of experts E, 1 to 255.
-        share, scale, dropout, bias, merge: see `MoSAConfig`; "auto" means 0.1 for both scale and dropout.
+        scale: factor on the output: a number, or "trainable" (learned, from 1.0).
+        dropout: probability of dropping a hidden activation.
+        share, bias, merge: see `MoSAConfig`.
         norm_eps: eps of the adapter's LayerNorm (norm2's of the block it sits in).
         generator: CPU generator of owner maps and initial weights; torch's global one when None.
 
@@ -44,8 +48,8 @@ class SparseAdapter(nn.Module):
         experts: int = 4,
         *,
         share: str = "down",
-        scale: float | str = "auto",
-        dropout: float | str = "auto",
+        scale: float | str = SCALE,
+        dropout: float = DROPOUT,
         bias: str = "per_expert",
         merge: str = "mean",
         norm_eps: float = 1e-6,
@@ -59,7 +63,7 @@ class SparseAdapter(nn.Module):
             experts=experts,
             share=share,  # type: ignore[arg-type]  # checked by the config
             scale=scale,  # type: ignore[arg-type]
-            dropout=dropout,  # type: ignore[arg-type]
+            dropout=dropout,
             bias=bias,  # type: ignore[arg-type]
             merge=merge,  # type: ignore[arg-type]
         )
@@ -91,8 +95,34 @@ class SparseAdapter(nn.Module):
         if config.scale == "trainable":
             self.scale = nn.Parameter(torch.ones(1, device=device, dtype=dtype))
         else:
-            self.scale = ADAPTFORMER_SCALE if isinstance(config.scale, str) else float(config.scale)
-        self.dropout = ADAPTFORMER_DROPOUT if isinstance(config.dropout, str) else config.dropout
+            self.scale = float(config.scale)
+        self.dropout = dropout
+
+    @classmethod
+    def from_config(
+        cls, config: MoSAConfig, dim: int, *, scale: float | str, dropout: float, **options: Any
+    ) -> SparseAdapter:
+        """One adapter of a model: it holds the very configuration that the model was given.
+
+        Args:
+            config: of the model.
+            dim: width D of the tokens.
+            scale, dropout: what the placement makes of the configuration's.
+            options: norm_eps, generator, device, dtype.
+        """
+        adapter = cls(
+            dim,
+            config.bottleneck,
+            config.experts,
+            share=config.share,
+            scale=scale,
+            dropout=dropout,
+            bias=config.bias,
+            merge=config.merge,
+            **options,
+        )
+        adapter.config = config
+        return adapter
 
     def forward(
         self,
@@ -149,6 +179,7 @@ class SparseAdapter(nn.Module):
         """Replace the experts by the one dense adapter of evaluation, in place."""
         self.down.merge(self.config.merge)
         self.up.merge(self.config.merge)
+        self.config = replace(self.config, experts=1)
 
     @property
     def merged_parameters(self) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mosa_fast.adapters.adapter_file import load_trained_state, save_adapter, trained_state
-from mosa_fast.adapters.vision_transformer import AdaptedVisionTransformer
+from mosa_fast.adapters.model import AdaptedModel
 from mosa_fast.backbones.create import check_adaptable, input_size
 from mosa_fast.config import LossConfig, TrainConfig
 from mosa_fast.data.loading import StepSampler, batches, evaluation_loader, train_loader
@@ -376,7 +376,7 @@ class Run:
 
 def save_trained(model: nn.Module, out: Path) -> Path:
     """Write what was trained: adapter.safetensors for adapters, model.safetensors for other methods."""
-    if isinstance(model, AdaptedVisionTransformer):
+    if isinstance(model, AdaptedModel):
         save_adapter(model, out / "adapter.safetensors")
         return out / "adapter.safetensors"
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained_state(model).items()}

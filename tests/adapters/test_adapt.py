@@ -7,7 +7,7 @@ from oracle import OracleViT
 from tiny_vit import make_tiny_vit
 
 import mosa_fast as mosa
-from mosa_fast.adapters.model import adapters
+from mosa_fast.adapters.model import adapters, routed
 from mosa_fast.routing import draw, step_seed
 from mosa_fast.training.optim import make_optimizer
 
@@ -83,10 +83,9 @@ def test_the_forked_pass_equals_a_doubled_batch(images, dropout):
     seed = step_seed(1, 1)
     routing = draw(seed, 3, 2, 4)
     forked = model(images.double(), views=2, seed=seed)
-    x = model._pos_embed(model.patch_embed(images.double().repeat(2, 1, 1, 1)))
-    for index, block in enumerate(model.blocks):
-        x = block(x, routing.experts[index], routing.seeds[index], False)
-    torch.testing.assert_close(forked, model.forward_head(model.norm(x)), rtol=1e-12, atol=1e-12)
+    with routed(list(model.blocks), routing):
+        doubled = model.backbone(images.double().repeat(2, 1, 1, 1))
+    torch.testing.assert_close(forked, doubled, rtol=1e-12, atol=1e-12)
     if dropout == 0:
         separate = [model(images.double(), experts=routing.experts[:, v : v + 1]) for v in (0, 1)]
         torch.testing.assert_close(forked, torch.cat(separate), rtol=1e-12, atol=1e-12)
@@ -118,7 +117,7 @@ def test_only_adapters_and_head_are_trained(images):
     model, _ = make_pair()
     model(images.double(), views=2).sum().backward()
     for name, parameter in model.named_parameters():
-        trained = ".adapter." in name or name.startswith("head.")
+        trained = ".adapter." in name or name.startswith("backbone.head.")
         assert parameter.requires_grad == trained, name
         assert (parameter.grad is not None) == trained, name  # dense: no unused parameter under DDP
 
@@ -146,7 +145,7 @@ def test_same_seed_same_bits(images):
     first, second = (make_pair(trained=False)[0].state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     other = make_pair(trained=False, seed=1)[0]
-    assert not torch.equal(other.blocks[0].adapter.up.owner, first["blocks.0.adapter.up.owner"])
+    assert not torch.equal(other.blocks[0].adapter.up.owner, first["backbone.blocks.0.adapter.up.owner"])
     model, _ = make_pair(dropout=0.2)
     assert torch.equal(model(images.double(), views=2, seed=4), model(images.double(), views=2, seed=4))
 
@@ -159,14 +158,15 @@ def test_views_of_an_evaluated_model_are_alike(images):
 
 def test_an_adapted_block_compiles_without_a_graph_break(images):
     model, _ = make_pair(dtype=torch.float32, dropout=0.2)
-    routing = draw(step_seed(0, 0), 3, 2, 4)
+    routing = draw(step_seed(0, 0), 1, 2, 4)
     x = torch.randn(4, 5, 24)
     # Without code generation, which needs a C++ compiler: tracing is what a graph break would end.
     compiled = torch.compile(model.blocks[0], fullgraph=True, backend="aot_eager")
     results = []
     for block in (model.blocks[0], compiled):
         model.zero_grad()
-        out = block(x, routing.experts[0], routing.seeds[0], True)
+        with routed(model.blocks[:1], routing, fork=True):
+            out = block(x)
         out.square().sum().backward()
         results.append([out.detach(), *(p.grad.clone() for p in model.blocks[0].adapter.parameters())])
     for eager, fused in zip(*results, strict=True):
@@ -174,12 +174,14 @@ def test_an_adapted_block_compiles_without_a_graph_break(images):
 
 
 def test_other_models_are_refused():
-    with pytest.raises(ValueError, match="needs a timm VisionTransformer, got ResNet"):
+    with pytest.raises(
+        ValueError, match=r"no block of ResNet can be adapted; .* vision_transformer\.Block, eva\.EvaBlock"
+    ):
         mosa.adapt(timm.create_model("resnet10t"))
     model, _ = make_pair()
     with pytest.raises(ValueError, match="has adapters already"):
         mosa.adapt(model)
-    with pytest.raises(ValueError, match=r"blocks.0 is a ParallelScalingBlock"):
+    with pytest.raises(ValueError, match="no block of VisionTransformer can be adapted"):
         mosa.adapt(make_tiny_vit(block_fn=timm.models.vision_transformer.ParallelScalingBlock))
     with pytest.raises(ValueError, match="has no adapters"):
         mosa.merge(make_tiny_vit())

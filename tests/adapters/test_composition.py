@@ -1,0 +1,328 @@
+"""What composition must not break, on a small model of every family."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from timm.optim import param_groups_layer_decay
+from tiny_models import TINY, image
+from tiny_vit import make_tiny_vit
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+import mosa_fast as mosa
+from mosa_fast.adapters.adapter_file import trained_state
+from mosa_fast.adapters.model import adapters
+from mosa_fast.adapters.seams import find_blocks
+from mosa_fast.backbones.frozen import draws_random_numbers
+from mosa_fast.routing import step_seed
+
+
+def adaptable(name):
+    try:
+        return bool(list(find_blocks(TINY[name]())))
+    except ValueError:
+        return False
+
+
+# One of every class of blocks, for what is slow; and one with a second head, one with a stem of convolutions.
+SOME = [name for name in ("vit", "deit_distilled", "hybrid", "eva02", "rope_mixed") if name in TINY]
+FAMILIES = [name for name in TINY if adaptable(name)]
+TAKES_MASKS = [name for name in FAMILIES if not name.startswith("naflex")]
+
+
+def make(name="vit", **config):
+    """An adapted model of a family, in training mode, whose adapters do something; and images for it."""
+    plain = TINY[name]()
+    images = image(plain, 3)
+    settings = {"bottleneck": 4, "experts": 3, "share": "none", "dropout": 0.2, "scale": 0.5}
+    model = mosa.adapt(plain, mosa.MoSAConfig(**settings | config)).train()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for adapter in adapters(model):
+            for parameter in adapter.parameters():
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model, images
+
+
+def tokens_of(model, images):
+    return model.eval().forward_features(images).shape[1]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_blocks_taken_apart_compute_what_timm_computes(name):
+    plain = TINY[name]()
+    images = image(plain)
+    expected = plain(images)
+    model = mosa.adapt(copy.deepcopy(plain), mosa.MoSAConfig(bottleneck=4))
+    torch.testing.assert_close(model.eval()(images), expected, rtol=0, atol=0)
+    torch.testing.assert_close(model.train()(images, views=2, seed=1), expected.repeat(2, 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_forked_pass_equals_passes_of_each_view(name):
+    model, images = make(name, dropout=0.0)
+    layers = len(list(adapters(model)))
+    experts = torch.randint(-1, 3, (layers, 2, 2), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    forked = model(images, experts=experts)
+    separate = [model(images, experts=experts[:, view : view + 1]) for view in (0, 1)]
+    torch.testing.assert_close(forked, torch.cat(separate), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(*separate)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_can_be_copied_pickled_and_saved_whole(name):
+    model, images = make(name)
+    expected = model(images, views=2, seed=1)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    restored = torch.load(buffer, weights_only=False)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), restored):
+        assert torch.equal(other(images, views=2, seed=1), expected)
+        assert other.mosa_config == model.mosa_config
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_timms_other_ways_through_the_model_work(name):
+    model, images = make(name)
+    for _ in range(2):  # in training, where they draw experts, and in evaluation
+        features = model.forward_features(images)
+        last, between = model.forward_intermediates(images, indices=2)
+        assert len(between) == 2
+        assert last.shape == features.shape
+        logits = model.forward_head(features)
+        assert logits.shape == model(images).shape
+        model.eval()
+    torch.testing.assert_close(logits, model(images))
+    if hasattr(model, "get_intermediate_layers"):
+        assert len(model.get_intermediate_layers(images, n=2)) == 2
+
+
+@pytest.mark.parametrize("name", TAKES_MASKS)
+def test_attention_masks_reach_the_blocks_and_part_with_the_views(name):
+    model, images = make(name, dropout=0.0)
+    count = model.patch_embed.num_patches + getattr(model, "num_prefix_tokens", 0)
+    mask = torch.ones(count, count, dtype=torch.bool).tril()
+    seed = torch.tensor([1])
+    unmasked = model(images, views=2, seed=seed)
+    masked = model(images, views=2, seed=seed, attn_mask=mask)
+    assert not torch.allclose(unmasked, masked)
+    each = torch.stack([mask, mask | True, mask])[:, None]  # one for every image
+    parted = model(images, views=2, seed=seed, attn_mask=each)
+    for view in (0, 3):
+        torch.testing.assert_close(parted[view], masked[view], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(parted[view + 1], unmasked[view + 1], rtol=1e-5, atol=1e-5)
+    model.eval()
+    assert not torch.allclose(model.forward_features(images, mask), model.forward_features(images))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_head_and_the_input_size_can_change_and_the_backbone_stays_frozen(name):
+    model, images = make(name)
+    model.reset_classifier(3)
+    assert model(images, views=2).shape == (6, 3)
+    assert model.num_classes == 3
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    if hasattr(model.backbone, "set_input_size"):
+        model.set_input_size(img_size=(32, 32))
+        assert model(torch.randn(2, 3, 32, 32), views=2).shape == (4, 3)
+    assert {n for n, p in model.named_parameters() if not p.requires_grad} == frozen
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_checkpointing_two_forwards_before_one_backward_equals_two_plain_ones(name):
+    model, images = make(name)
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        first, second = (model(images, views=2, seed=seed) for seed in (1, 2))
+        (first.square().sum() + second.square().sum()).backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for key, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][key]), key
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_one_graph_serves_changing_routes_in_training_and_one_evaluation(name):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    model, images = make(name)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for step in range(3):
+        seed = step_seed(1, step)
+        torch.testing.assert_close(
+            compiled(images, views=2, seed=seed), model(images, views=2, seed=seed), rtol=1e-4, atol=1e-5
+        )
+    assert counter.frame_count == 1
+    model.eval()
+    torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_an_evaluated_model_can_be_exported(name):
+    model, images = make(name)
+    exported = torch.export.export(model.eval(), (images,)).module()
+    torch.testing.assert_close(exported(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_distributed_data_parallel_trains_it(tmp_path):
+    model, images = make()
+    expected = copy.deepcopy(model)
+    expected(images, views=2, seed=1).square().sum().backward()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):  # the second finds every parameter used in the first
+            model.zero_grad()
+            parallel(images, views=2, seed=1).square().sum().backward()
+    finally:
+        dist.destroy_process_group()
+    for own, other in zip(model.parameters(), expected.parameters(), strict=True):
+        assert (own.grad is None) == (other.grad is None)
+        if own.grad is not None:
+            torch.testing.assert_close(own.grad, other.grad)
+
+
+@pytest.mark.parametrize("wrap", [lambda block: torch.compile(block, backend="eager"), checkpoint_wrapper])
+def test_adapters_of_wrapped_blocks_are_found(wrap, tmp_path):
+    model, images = make(dropout=0.0)
+    expected = model(images, views=2, seed=1)
+    merged = mosa.merge(copy.deepcopy(model)).eval()(images)
+    plain_names = set(trained_state(model))
+    model.blocks[0] = wrap(model.blocks[0])
+    torch.testing.assert_close(model(images, views=2, seed=1), expected, rtol=1e-5, atol=1e-5)
+    mosa.save_adapter(model, tmp_path / "a.safetensors")
+    names = load_file(tmp_path / "a.safetensors").keys()
+    assert "blocks.0.adapter.up.owner" in names
+    assert set(names) == plain_names
+    loaded = mosa.load_adapter(TINY["vit"](), tmp_path / "a.safetensors")
+    torch.testing.assert_close(loaded.train()(images, views=2, seed=1), expected, rtol=1e-5, atol=1e-5)
+    mosa.load_adapter(model, tmp_path / "a.safetensors")  # into the wrapped one, too
+    mosa.merge(model)
+    assert all(adapter.up.owner is None for adapter in adapters(model))
+    torch.testing.assert_close(model.eval()(images), merged, rtol=1e-5, atol=1e-5)
+
+
+def test_todays_files_load():
+    file = "tests/adapters/data/format_1.safetensors"
+    model = mosa.load_adapter(make_tiny_vit(), file)
+    config = mosa.MoSAConfig(bottleneck=4, experts=3, share="none", bias="split", scale="trainable", seed=1)
+    assert model.mosa_config == config
+    state, saved = trained_state(model), load_file(file)
+    assert state.keys() == saved.keys()
+    assert all(torch.equal(state[name], saved[name]) for name in saved)
+
+
+def test_layers_hold_the_configuration_they_were_made_with():
+    model, _ = make(seed=1)
+    assert {adapter.config for adapter in adapters(model)} == {model.mosa_config}
+    assert model.mosa_config.seed == 1
+    mosa.merge(model)
+    assert {adapter.config.experts for adapter in adapters(model)} == {model.mosa_config.experts} == {1}
+
+
+def test_names_of_the_timm_model_are_read_and_set_through_the_adapted_one():
+    model, images = make()
+    assert model.head is model.backbone.head
+    head = torch.nn.Linear(24, 7)
+    model.head = head
+    assert model.backbone.head is head
+    assert model(images, views=2).shape == (6, 7)
+    assert model.blocks[0].attn is model.blocks[0].block.attn
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = model.nothing
+    assert not hasattr(model, "nothing")
+
+
+def test_layer_decay_finds_its_groups():
+    model, _ = make()
+    rates = {}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    model.requires_grad_(True)
+    for group in param_groups_layer_decay(model, layer_decay=0.5):
+        for parameter in group["params"]:
+            rates[names[id(parameter)]] = group["lr_scale"]
+    assert rates["backbone.cls_token"] == rates["backbone.pos_embed"] == 0.5**4
+    assert rates["backbone.blocks.0.adapter.up.weight"] == rates["backbone.blocks.0.block.attn.qkv.weight"] == 0.5**3
+    assert rates["backbone.blocks.2.block.attn.qkv.weight"] == 0.5
+    assert rates["backbone.head.weight"] == 1
+    assert "backbone.pos_embed" in model.no_weight_decay()
+
+
+def test_training_without_a_route_is_an_error_that_names_the_remedy():
+    model, images = make()
+    with pytest.raises(RuntimeError, match="call the adapted model itself"):
+        model.backbone(images)
+    with pytest.raises(AssertionError):  # a pass that fails leaves no route behind
+        model(images[..., :3], views=2)
+    with pytest.raises(RuntimeError, match="call the adapted model itself"):
+        model.blocks[0](torch.randn(2, 5, 24))
+    model.eval().backbone(images)
+
+
+def test_checkpointing_set_before_is_taken_over_and_set_on_the_backbone_is_refused():
+    plain = TINY["vit"]()
+    plain.set_grad_checkpointing(True)
+    model = mosa.adapt(plain).train()
+    assert not model.backbone.grad_checkpointing
+    assert all(block.grad_checkpointing for block in model.blocks)
+    images = image(plain)
+    model(images, views=2).sum().backward()
+    model.backbone.set_grad_checkpointing(True)
+    with pytest.raises(RuntimeError, match="call set_grad_checkpointing on the adapted model"):
+        model(images, views=2)
+
+
+def test_views_are_counted():
+    model, images = make()
+    with pytest.raises(ValueError, match="views must be at least 1, got -1"):
+        model(images, views=-1)
+
+
+def test_frozen_batchnorm_neither_learns_nor_normalises_by_the_batch():
+    model, images = make("hybrid", dropout=0.0)
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms
+    before = [(m.running_mean.clone(), m.running_var.clone()) for m in norms]
+    experts = torch.zeros(len(list(adapters(model))), 1, 2, dtype=torch.int32)
+    trained = model(images, experts=experts)
+    for norm, (mean, variance) in zip(norms, before, strict=True):
+        assert torch.equal(norm.running_mean, mean)
+        assert torch.equal(norm.running_var, variance)
+    assert torch.equal(model.eval()(images, experts=experts), trained)
+    norms[0].requires_grad_(True)  # one that is trained does both
+    assert norms[0].training is False
+    assert model.train() is model
+    assert norms[0].training
+
+
+def test_random_positions_are_known_to_be_random():
+    kwargs = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    for scale, draws in ((None, False), (2.0, True)):
+        model = timm.create_model("vit_small_patch16_dinov3", **kwargs, rope_rescale_coords=scale)
+        assert draws_random_numbers(model.train()) == draws
+        assert not draws_random_numbers(model.eval())
+
+
+def test_pooling_that_timm_made_anew_is_trained_and_saved_like_the_head(tmp_path):
+    kwargs = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
+    model = mosa.adapt(timm.create_model("vit_tiny_patch16_224", global_pool="map", **kwargs))
+    assert all(parameter.requires_grad for parameter in model.attn_pool.parameters())
+    mosa.save_adapter(model, tmp_path / "a.safetensors")
+    loaded = mosa.load_adapter(
+        timm.create_model("vit_tiny_patch16_224", global_pool="map", **kwargs), tmp_path / "a.safetensors"
+    )
+    assert all(
+        torch.equal(p, q) for p, q in zip(model.attn_pool.parameters(), loaded.attn_pool.parameters(), strict=True)
+    )
+    pretrained, _ = make("vit_map_pool")  # its architecture ends in attention pooling: part of the frozen backbone
+    assert not any(parameter.requires_grad for parameter in pretrained.attn_pool.parameters())
