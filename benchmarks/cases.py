@@ -126,7 +126,7 @@ def _trained(bench: Workbench, name: str, entry: Entry) -> Contender:
     learner.module.train()
     for batch in bench.batches if learner.separate else ():
         batch.views  # noqa: B018  # cut now, untimed
-    works = _model_work(bench, learner) if bench.level == "model" else _layer_work(bench, learner)
+    works = model_work(bench, learner) if bench.level == "model" else layer_work(bench, learner)
     dropout = learner.route is None  # what draws by itself cannot be told what to drop
     return Contender(
         name,
@@ -139,7 +139,8 @@ def _trained(bench: Workbench, name: str, entry: Entry) -> Contender:
     )
 
 
-def _model_work(bench: Workbench, learner: Learner) -> dict[Mode, Work]:
+def model_work(bench: Workbench, learner: Learner) -> dict[Mode, Work]:
+    """A training step with its optimizer."""
     turns, steps = bench.turns(), iter(range(10**9))
     # A learning rate of zero: the same work, and the weights stay as they are.
     optimizer = torch.optim.AdamW(learner.trained(), lr=0.0, fused=bench.device.type == "cuda")
@@ -153,7 +154,8 @@ def _model_work(bench: Workbench, learner: Learner) -> dict[Mode, Work]:
     return {"all": Work(step)}
 
 
-def _layer_work(bench: Workbench, learner: Learner) -> dict[Mode, Work]:
+def layer_work(bench: Workbench, learner: Learner) -> dict[Mode, Work]:
+    """Forward and backward of an adapter or a block, together and each alone."""
     turns, steps = bench.turns(), iter(range(10**9))
     done: list[tuple[Batch, tuple[Tensor, ...]]] = []  # the forward whose backward comes next
 

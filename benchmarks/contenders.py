@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import models
-from benchmarks.models import Inputs, Mixture, Setting
+from benchmarks.models import Inputs, Setting
 from benchmarks.plain import CopiedAdapter, DenseAdapter, PlainModel, gradient
 from benchmarks.spec import CONFIG, VIEWS, Level, Spec
-from mosa_fast.adapters.model import adapters
+from mosa_fast.adapters.model import AdaptedModel, adapters, repeat_batch
 from mosa_fast.config import MoSAConfig
 from mosa_fast.nn import SparseAdapter
 from mosa_fast.ops import backend
@@ -51,7 +51,7 @@ class Batch:
 
     def repeated(self) -> Inputs:
         """Both views in one batch from their beginning."""
-        return tuple(x.repeat(VIEWS, 1, 1, 1) for x in self.joined) if self.level == "model" else self.joined
+        return repeat_batch(self.joined, VIEWS) if self.level == "model" else self.joined
 
     def tensors(self) -> list[Tensor]:
         """Whatever may have got a gradient."""
@@ -78,7 +78,7 @@ class Learner:
     module: nn.Module
     train: Callable[[Batch, int], tuple[Tensor, ...]]
     evaluate: Callable[[Tensor], Tensor]
-    mixture: Mixture | None = None
+    mixture: AdaptedModel | None = None
     adapters: Sequence[CopiedAdapter | SparseAdapter] = ()
     separate: bool = False
     route: Callable[[Tensor], None] | None = None
@@ -172,7 +172,7 @@ def _without_adapters(setting: Setting, *, shared: bool) -> Learner:
     model, level = copy.deepcopy(setting.backbone), setting.level
 
     def fork(block: nn.Module, inputs: Any, x: Tensor) -> Tensor:
-        x = x.repeat(VIEWS, 1, 1) if shared and block.training else x
+        x = repeat_batch(x, VIEWS) if shared and block.training else x
         return x.detach().requires_grad_(block.training)
 
     if level == "model":
@@ -207,22 +207,23 @@ def ours(
 
 
 def mixture_learner(
-    model: Mixture, mixture: Mixture, level: Level, backend_name: str, *, compiled: bool = False, shared: bool = True
+    model: AdaptedModel,
+    mixture: AdaptedModel,
+    level: Level,
+    backend_name: str,
+    *,
+    compiled: bool = False,
+    shared: bool = True,
 ) -> Learner:
     """A model with our adapters that must compute what the mixture does."""
-    part = models.part(model, level)
+    part = models.part_of(model, level)
     run: Any = torch.compile(part, dynamic=False) if compiled else part
 
     def train(batch: Batch, step: int) -> tuple[Tensor, ...]:
-        device = batch.joined[0].device
         with backend(backend_name):
-            if level == "model" and shared:
-                return (models.run_model(run, batch.joined, step),)
-            routing = models.draw_step(model, step, device)
-            if level == "model":
-                return (models.run_unshared(model, batch.joined, routing),)
-            one_layer = models.run_adapter if level == "operator" else models.run_block
-            return (one_layer(run, batch.joined, routing),)
+            if level == "model" and not shared:
+                return (models.run_unshared(model, batch.joined, step),)
+            return (models.run_views(model, run, level, batch.joined, step),)
 
     def evaluate(images: Tensor) -> Tensor:
         with backend(backend_name):

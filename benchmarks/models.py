@@ -14,14 +14,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from benchmarks.spec import CLASSES, CONFIG, VIEWS, Level, Spec
-from mosa_fast.adapters.model import adapt, adapters
-from mosa_fast.adapters.vision_transformer import AdaptedBlock, AdaptedVisionTransformer
+from mosa_fast.adapters.model import AdaptedBlock, AdaptedModel, adapt, adapters, repeat_batch, routed
 from mosa_fast.config import MoSAConfig
 from mosa_fast.routing import Routing, as_seed, draw
 from mosa_fast.training.precision import store_frozen
 
 Inputs = tuple[Tensor, ...]  # (h, skip), (tokens,) or (images,)
-Mixture = AdaptedVisionTransformer  # a timm model with adapters of ours
 
 
 class Setting:
@@ -43,7 +41,7 @@ class Setting:
         model.requires_grad_(False)
         model.head.requires_grad_(True)
         self._float32 = model
-        self._mixtures: list[tuple[MoSAConfig, Mixture]] = []
+        self._mixtures: list[tuple[MoSAConfig, AdaptedModel]] = []
         self.backbone = self.stored(model)
 
     def stored(self, model: Any) -> Any:
@@ -52,7 +50,7 @@ class Setting:
         store_frozen(model, self.spec.precision)
         return model
 
-    def mixture(self, config: MoSAConfig = CONFIG) -> Mixture:
+    def mixture(self, config: MoSAConfig = CONFIG) -> AdaptedModel:
         """The backbone with our adapters, all in float32, made once for a config.
 
         Up-projections are random instead of zero, so that no gradient is zero.
@@ -69,38 +67,43 @@ class Setting:
         return model
 
 
-def draw_step(model: Mixture, step: int, device: torch.device) -> Routing:
-    """The experts and dropout keys of a step's views."""
-    return draw(as_seed(step, device), len(model.blocks), VIEWS, model.mosa_config.experts)
+def blocks_of(mixture: AdaptedModel) -> list[AdaptedBlock]:
+    """The adapted blocks, in the order they run."""
+    return [module for module in mixture.modules() if isinstance(module, AdaptedBlock)]
 
 
-def part(model: Mixture, level: Level) -> nn.Module:
+def draw_step(mixture: AdaptedModel, step: int, device: torch.device) -> Routing:
+    """The experts and dropout keys of a step's views, for all adapters."""
+    return draw(as_seed(step, device), len(list(adapters(mixture))), VIEWS, mixture.mosa_config.experts)
+
+
+def part_of(mixture: AdaptedModel, level: Level) -> nn.Module:
     """What of a mixture works at a level."""
-    return {"operator": next(iter(adapters(model))), "block": model.blocks[0], "model": model}[level]
+    return {"operator": next(adapters(mixture)), "block": blocks_of(mixture)[0], "model": mixture}[level]
 
 
-def run_adapter(adapter: nn.Module, inputs: Inputs, routing: Routing) -> Tensor:
-    """The adapter on the stream and the MLP's output of both views, `[V * B, T, D]`."""
-    return adapter(*inputs, routing.experts[0], seed=routing.seeds[0])
+def run_views(mixture: AdaptedModel, part: nn.Module, level: Level, inputs: Inputs, step: int) -> Tensor:
+    """Both views of a step, `[V * B, ...]`; those of a model run in common what is the same for both.
+
+    Args:
+        mixture: the model.
+        part: what of it works at the level, or the same under torch.compile.
+        level: the adapter, the block or the model.
+        inputs: of both views; of a model, the images.
+        step: number of the step, from which experts and dropout follow.
+    """
+    device = inputs[0].device
+    if level == "model":
+        return part(*inputs, views=VIEWS, seed=as_seed(step, device))
+    routing = draw_step(mixture, step, device)
+    if level == "operator":
+        return part(*inputs, routing.experts[0], seed=routing.seeds[0])
+    with routed(blocks_of(mixture), routing):
+        return part(*inputs)
 
 
-def run_block(block: nn.Module, inputs: Inputs, routing: Routing) -> Tensor:
-    """The adapted block on the tokens of both views, `[V * B, T, D]`."""
-    return block(*inputs, routing.experts[0], routing.seeds[0])
-
-
-def run_model(model: nn.Module, inputs: Inputs, step: int) -> Tensor:
-    """Logits of both views of the images, which run in common what is the same for both."""
+def run_unshared(mixture: AdaptedModel, inputs: Inputs, step: int) -> Tensor:
+    """Logits of both views of the images, `[V * B, classes]`, each of them from the pixels on, in one batch."""
     (images,) = inputs
-    return model(images, views=VIEWS, seed=as_seed(step, images.device))
-
-
-def run_unshared(model: Mixture, inputs: Inputs, routing: Routing) -> Tensor:
-    """Logits of both views of the images, each of them from the pixels on, in one batch."""
-    (images,) = inputs
-    x = model.patch_embed(images.repeat(VIEWS, 1, 1, 1))
-    x = model.norm_pre(model.patch_drop(model._pos_embed(x)))
-    for block, experts, key in zip(model.blocks, routing.experts, routing.seeds, strict=True):
-        assert isinstance(block, AdaptedBlock)
-        x = block(x, experts, key)
-    return model.forward_head(model.norm(x))
+    with routed(blocks_of(mixture), draw_step(mixture, step, images.device)):
+        return mixture.backbone(repeat_batch(images, VIEWS))

@@ -6,6 +6,7 @@ operator against what the machine can do. `scaling`: the operator over batch and
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,21 +71,26 @@ def _bar_panel(axis: Axes, group: Group, rows: dict[str, Row]) -> None:
         hatch = HATCHES.get(split_variant(name)[1])
         axis.barh(place, row["ms"], xerr=spread, color=color(name), hatch=hatch, edgecolor="white", capsize=3)
         times = ratio(group, rows, name)
-        text = f"{row['ms']:.3g} ms" + ("" if times is None else f"   {times:.2f} x")
+        text = _milliseconds(row["ms"]) + ("" if times is None else f"   {times:.2f} x")
         axis.annotate(text, (row["high"], place), (6, 0), textcoords="offset points", va="center", fontsize="small")
     axis.set_yticks(range(len(rows)), list(rows))
     axis.invert_yaxis()
     axis.set_xlim(0, 1.3 * max(row["high"] for row in rows.values()))  # room for what is written at the longest bar
     axis.spines[["top", "right"]].set_visible(False)
     base = "a copy of the planned bytes" if group[0] == "operator" else "the same work without adapters"
-    axis.set_xlabel(f"ms; x: times {base}", fontsize="small")
+    axis.set_xlabel(f"ms, and how many times that of {base}", fontsize="small")
     what = subject(group)
     axis.set_title(f"{what[0].upper()}{what[1:]}\n{shape(group)}", fontsize="medium", loc="left")
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:,.{max(0, 2 - int(math.log10(max(value, 1))))}f} ms"  # three digits, all of them before the point
 
 
 def roofline(results: dict[str, Any], path: Path) -> None:
     """The operator's operations per second, over operations per byte of our kernels' plan."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogFormatter
 
     machine = results["machine"]
     figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
@@ -94,7 +100,7 @@ def roofline(results: dict[str, Any], path: Path) -> None:
             if name not in (NO_ADAPTER, COPY):
                 place = row["operations"] / row["planned_bytes"], row["operations"] / row["ms"] / 1e9
                 points.setdefault(name, []).append(place)
-    intensities = [1.0, 1000.0]
+    intensities = [1.0, 300.0]
     for precision, style in (("fp32", "-"), ("bf16", "--")):
         peak = machine.get(f"{precision}_tflop_per_s")
         if peak is not None:
@@ -103,11 +109,12 @@ def roofline(results: dict[str, Any], path: Path) -> None:
             label = f"measured copy and {precision} product"
             axis.plot([intensities[0], ridge, intensities[1]], roof, style, color="black", label=label)
     for name, reached in points.items():
-        marker = "s" if split_variant(name)[1] else "*" if name.startswith("ours") else "o"
-        axis.plot(
-            *zip(*reached, strict=True), marker, color=color(name), markeredgecolor="white", markersize=9, label=name
-        )
+        marker = "s" if split_variant(name)[1] else "o"
+        axis.plot(*zip(*reached, strict=True), marker, color=color(name), alpha=0.8, label=name)
     axis.set(xscale="log", yscale="log", xlabel="operations per planned byte", ylabel="TFLOP/s")
+    for numbers in (axis.xaxis, axis.yaxis):
+        numbers.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
     axis.set_title("The adapter alone, at every shape and mode", loc="left")
     axis.grid(which="both", alpha=0.2)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)

@@ -113,8 +113,9 @@ def table(group: Group, rows: list[Row]) -> str:
 def heading(results: dict[str, Any]) -> str:
     """Where and with what the results were measured."""
     e = results["environment"]
+    threads = f"{e['threads']} thread{'' if e['threads'] == 1 else 's'}"
     return (
-        f"{e['device']}, {e['threads']} threads, torch {e['torch']}, triton {e['triton']}, commit {e['commit']}; "
+        f"{e['device']}, {threads}, torch {e['torch']}, triton {e['triton']}, commit {e['commit']}; "
         f"adapters with r = {results['config']['bottleneck']}, E = {results['config']['experts']}."
     )
 

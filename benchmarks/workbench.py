@@ -11,8 +11,9 @@ from torch import Tensor
 
 from benchmarks import models
 from benchmarks.contenders import Batch, Learner, mixture_learner
-from benchmarks.models import Mixture, Setting
+from benchmarks.models import Setting
 from benchmarks.spec import CLASSES, VIEWS, Level, Spec
+from mosa_fast.adapters.model import AdaptedModel
 from mosa_fast.config import LossConfig, Precision
 from mosa_fast.training.losses import mosa_loss
 from mosa_fast.training.precision import AUTOCAST, autocast, input_dtype
@@ -110,7 +111,7 @@ class Workbench:
         for tensor in (*learner.trained(), *batch.tensors()):
             tensor.grad = None
 
-    def expected(self, mixture: Mixture, dropout: bool) -> dict[str, Tensor]:
+    def expected(self, mixture: AdaptedModel, dropout: bool) -> dict[str, Tensor]:
         """The same by the reference in float32."""
         key = (id(mixture), dropout)
         if key not in self._expected:
@@ -121,7 +122,7 @@ class Workbench:
             self._expected[key] = self.results(oracle, dropout=dropout, exact=Batch(exact, self.level))
         return self._expected[key]
 
-    def merged_logits(self, mixture: Mixture) -> dict[str, Tensor]:
+    def merged_logits(self, mixture: AdaptedModel) -> dict[str, Tensor]:
         """Logits of the first batch by the reference in float32."""
         oracle = mixture_learner(mixture, mixture, self.level, "reference")
         oracle.module.eval()

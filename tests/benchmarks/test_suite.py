@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import __main__, cases, contenders, plain, plots, report, results, suite
-from benchmarks.cases import CASES, COPY, Contender, operator_work
+from benchmarks import __main__, cases, contenders, plain, report, results, suite
+from benchmarks.cases import CASES, operator_work
 from benchmarks.contenders import CONTENDERS
 from benchmarks.spec import Spec
-from benchmarks.timing import Deadline, Work, interleaved, saved_memory
+from benchmarks.timing import saved_memory
 from benchmarks.workbench import Workbench
 
 CPU = torch.device("cpu")
@@ -39,6 +39,43 @@ def test_every_case_times_what_runs_here(case, precision):
     if case == "step":
         state = {name: row["state_mib"] for name, row in rows.items()}
         assert state["no adapter"] < state["ours, reference"] < state["paper"]
+
+
+@pytest.mark.parametrize("case", ["operator", "block"])
+def test_forward_and_backward_can_be_timed_alone(case):
+    rows = suite.measure(spec(case, modes=MODES), CPU, contenders=("copy", "ours, reference"))
+    assert [row["mode"] for row in rows if row["contender"] == "ours, reference"] == list(MODES)
+    assert all(row["ms"] > 0 for row in rows)
+    if case == "operator":
+        work = [(row["operations"], row["planned_bytes"]) for row in rows if row["contender"] == "copy"]
+        assert work[0] == tuple(map(sum, zip(*work[1:], strict=True)))
+        of_copy = {row["contender"]: row["of_copy"] for row in rows}
+        assert of_copy["copy"] == 1
+        assert 0 < of_copy["ours, reference"] < 1
+
+
+def test_each_mode_runs_its_part_and_leaves_no_gradients_to_the_next():
+    bench = Workbench(spec("operator"), CPU, "operator")
+    learner = contenders.ours(bench.setting, "reference")
+    learner.module.train()
+    ran = []
+    for name in ("forward", "backward"):
+        function = getattr(bench, name)
+        setattr(bench, name, lambda *given, name=name, function=function: (ran.append(name), function(*given))[1])
+
+    for mode, prepared, expected in [
+        ("all", [], ["forward", "backward"]),
+        ("forward", [], ["forward"]),
+        ("backward", ["forward"], ["backward"]),
+    ]:
+        work = cases.layer_work(bench, learner)[mode]
+        work.prepare()
+        assert ran == prepared, mode
+        ran.clear()
+        work.run()
+        assert ran == expected, mode
+        ran.clear()
+        assert not any(tensor.grad is not None for batch in bench.batches for tensor in batch.tensors()), mode
 
 
 @pytest.mark.parametrize("level", ["operator", "block", "model"])
@@ -70,6 +107,30 @@ def test_a_contender_that_breaks_does_not_take_the_others_with_it(monkeypatch):
     rows = {row["contender"]: row for row in suite.measure(spec("block"), CPU)}
     assert rows["dense"]["reason"] == "MemoryError: too large"
     assert rows["paper"]["ms"] > 0
+
+
+def test_a_new_method_costs_one_function(monkeypatch):
+    def two_experts(setting):
+        return contenders.ours(setting, "reference", config=replace(setting.mixture().mosa_config, experts=2))
+
+    monkeypatch.setitem(CONTENDERS, "two experts", contenders.Entry(two_experts, contenders.ALL_CASES))
+    monkeypatch.setitem(CONTENDERS, "elsewhere", contenders.Entry(two_experts, ("evaluation",)))
+    for case in CASES:
+        rows = {row["contender"]: row for row in suite.measure(spec(case), CPU)}
+        assert rows["two experts"]["ms"] > 0, rows["two experts"]["reason"]
+        assert ("elsewhere" in rows) is (case == "evaluation")
+
+
+def test_the_profiled_run_says_what_it_plans_to_move(command, monkeypatch):
+    monkeypatch.setitem(suite.SUITES, "quick", suite.Suite((spec("evaluation"), spec("operator")), 2))
+    code, output, _ = command(__main__.main, "--quick", "--profile")
+    elements = 2 * 2 * 9 * 64
+    assert code == 0
+    assert output.splitlines()[-3:] == [
+        f"operator {SMALL} 2 x 9 fp32",
+        f"planned bytes forward: {3 * 4 * elements}",
+        f"planned bytes backward: {5 * 4 * elements}",
+    ]
 
 
 def test_lora_learns_on_the_same_backbone():
@@ -153,6 +214,13 @@ def test_taxes():
     }
     text = report.summary(result(*rows))
     assert "| paper | 220.00 (220.00 to 220.00) | 1.0 | 1.00 | 90 |  | +100.0% | +50.0% |" in text
+
+
+def test_the_operator_is_compared_with_a_copy_and_few_runs_are_said():
+    rows = [row("copy", 2, case="operator", of_copy=1.0), row("ours, cuda", 4, case="operator", of_copy=0.5, runs=1)]
+    text = report.markdown(result(*rows))
+    assert "| ours, cuda | 4.00 (4.00 to 4.00) | 1.0 |  | 0.50 |  |" in text
+    assert "Few runs: 1," in text
 
 
 def test_the_report_is_written(tmp_path, command):
