@@ -15,7 +15,8 @@ import timm
 import torch
 from torch import Tensor
 
-from benchmarks.contenders import CONTENDERS, Batch, Entry, Learner, split_variant
+from benchmarks.contenders import CONTENDERS, Entry, split_variant
+from benchmarks.learner import Batch, Learner
 from benchmarks.machine import copy_of
 from benchmarks.spec import CONFIG, VIEWS, Level, Mode, Spec
 from benchmarks.timing import Work

@@ -10,98 +10,25 @@ from __future__ import annotations
 import copy
 import importlib.util
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import models
-from benchmarks.models import Inputs, Setting
-from benchmarks.plain import CopiedAdapter, DenseAdapter, PlainModel, gradient
+from benchmarks.learner import Batch, Learner
+from benchmarks.models import Setting
+from benchmarks.plain import CopiedAdapter, DenseAdapter, PlainModel
 from benchmarks.spec import CONFIG, VIEWS, Level, Spec
 from mosa_fast.adapters.model import AdaptedModel, adapters, repeat_batch
 from mosa_fast.config import MoSAConfig
-from mosa_fast.nn import SparseAdapter
 from mosa_fast.ops import backend
 from mosa_fast.ops.backends import BACKENDS, unavailable_reason
 
 LORA_RANK = 16  # on q, k and v in timm's fused projection
-
-
-class Batch:
-    """The same data in two forms, so that nobody pays for cutting or joining it.
-
-    Attributes:
-        joined: for one pass over both views: tokens `[2 B, T, D]`, view after view; or images `[B, 3, H, W]`.
-        views: for a pass of each view: tokens `[B, T, D]`, or the same images twice; made when first asked for.
-    """
-
-    def __init__(self, joined: Inputs, level: Level) -> None:
-        self.joined, self.level = joined, level
-
-    @cached_property
-    def views(self) -> tuple[Inputs, ...]:  # noqa: D102  # see the class
-        if self.level == "model":
-            return (self.joined,) * VIEWS
-        halves = zip(*(tensor.detach().chunk(VIEWS) for tensor in self.joined), strict=True)
-        return tuple(tuple(half.clone().requires_grad_() for half in view) for view in halves)
-
-    def repeated(self) -> Inputs:
-        """Both views in one batch from their beginning."""
-        return repeat_batch(self.joined, VIEWS) if self.level == "model" else self.joined
-
-    def tensors(self) -> list[Tensor]:
-        """Whatever may have got a gradient."""
-        views = self.__dict__.get("views", ())
-        return [*self.joined, *(tensor for view in views for tensor in view)]
-
-
-@dataclass
-class Learner:
-    """A model as one way of working trains and evaluates it, at one level.
-
-    Attributes:
-        module: everything, for its parameters.
-        train: a batch and a step number to outputs: one tensor for all views, or one for each.
-        evaluate: images to logits `[B, classes]`.
-        mixture: what its results must equal; None where the mathematics is another, and only finite results are asked.
-        adapters: those whose gradients are compared.
-        separate: has a pass for each view.
-        route: makes the views take given experts, int32 `[blocks, V, 2]`; None: their draw follows from the step.
-        after_backward: what is done to the gradients before the optimizer's step.
-        prepare_evaluation: what is done once before evaluation.
-    """
-
-    module: nn.Module
-    train: Callable[[Batch, int], tuple[Tensor, ...]]
-    evaluate: Callable[[Tensor], Tensor]
-    mixture: AdaptedModel | None = None
-    adapters: Sequence[CopiedAdapter | SparseAdapter] = ()
-    separate: bool = False
-    route: Callable[[Tensor], None] | None = None
-    after_backward: Callable[[], None] = lambda: None
-    prepare_evaluation: Callable[[], None] = lambda: None
-
-    def trained(self) -> list[nn.Parameter]:
-        """Parameters that the optimizer updates."""
-        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-
-    def gradients(self) -> dict[str, Tensor]:
-        """Of the adapters' weights, by layer and name, in the compact form's shapes."""
-        return {
-            f"{index}.{name}": value
-            for index, adapter in enumerate(self.adapters)
-            for name, value in _gradients(adapter).items()
-        }
-
-
-def _gradients(adapter: CopiedAdapter | SparseAdapter) -> dict[str, Tensor]:
-    if isinstance(adapter, CopiedAdapter):
-        return adapter.gradients()
-    return {name: gradient(parameter) for name, parameter in adapter.named_parameters()}
 
 
 @dataclass(frozen=True)
@@ -113,14 +40,14 @@ class Entry:
         cases: those it takes part in.
         when: whether it takes part in a spec of theirs on a device.
         unavailable: why it cannot run here; None: it can.
-        shares_views: in a training step, what the views have in common is run once.
+        views_together: in a training step, what the views have in common is run once.
     """
 
     make: Callable[[Setting], Learner]
     cases: tuple[str, ...]
     when: Callable[[Spec, torch.device], bool] = lambda spec, device: True
     unavailable: Callable[[], str | None] = lambda: None
-    shares_views: bool = False
+    views_together: bool = False
 
     def takes_part(self, spec: Spec, device: torch.device) -> bool:
         """Whether it is a row of the spec."""
@@ -129,7 +56,7 @@ class Entry:
 
 CONTENDERS: dict[str, Entry] = {}
 ALL_CASES = ("operator", "block", "step", "evaluation")
-NO_ADAPTER, NO_ADAPTER_UNSHARED = "no adapter", "no adapter, two views"
+NO_ADAPTER, NO_ADAPTER_APART = "no adapter", "no adapter, two views"
 VARIANTS = ("compiled", "two views")  # ends of names; a variant has its contender's colour in the plots
 
 _Maker = TypeVar("_Maker", bound=Callable[..., Learner])
@@ -154,25 +81,25 @@ def split_variant(name: str) -> tuple[str, str]:
 # Nothing
 
 
-@contender(NO_ADAPTER, shares_views=True)
+@contender(NO_ADAPTER, views_together=True)
 def without_adapters(setting: Setting) -> Learner:
     """The same work without adapters; a model's first block runs once, and its output is repeated."""
-    return _without_adapters(setting, shared=True)
+    return _without_adapters(setting, together=True)
 
 
-@contender(NO_ADAPTER_UNSHARED, cases=("step",))
-def without_adapters_unshared(setting: Setting) -> Learner:
+@contender(NO_ADAPTER_APART, cases=("step",))
+def without_adapters_apart(setting: Setting) -> Learner:
     """The same work without adapters, both views from the pixels on."""
-    return _without_adapters(setting, shared=False)
+    return _without_adapters(setting, together=False)
 
 
-def _without_adapters(setting: Setting, *, shared: bool) -> Learner:
+def _without_adapters(setting: Setting, *, together: bool) -> Learner:
     # In a model gradients flow from the head to the output of the first block: with adapters that is as far as they
     # reach, since the first adapter is the first thing that is trained.
     model, level = copy.deepcopy(setting.backbone), setting.level
 
     def fork(block: nn.Module, inputs: Any, x: Tensor) -> Tensor:
-        x = repeat_batch(x, VIEWS) if shared and block.training else x
+        x = repeat_batch(x, VIEWS) if together and block.training else x
         return x.detach().requires_grad_(block.training)
 
     if level == "model":
@@ -184,7 +111,7 @@ def _without_adapters(setting: Setting, *, shared: bool) -> Learner:
             return (h + skip,)
         if level == "block":
             return (model.blocks(*batch.joined),)
-        return (model(*(batch.joined if shared else batch.repeated())),)
+        return (model(*(batch.joined if together else batch.repeated())),)
 
     return Learner(model, train, model)
 
@@ -198,12 +125,12 @@ def ours(
     *,
     config: MoSAConfig = CONFIG,
     compiled: bool = False,
-    shared: bool = True,
+    together: bool = True,
 ) -> Learner:
-    """Our adapters on a backend; shared: the views of a model run their beginning in common."""
+    """Our adapters on a backend; together: the views of a model run their beginning in common."""
     mixture = setting.mixture(config)
     model = setting.stored(mixture)
-    return mixture_learner(model, mixture, setting.level, backend_name, compiled=compiled, shared=shared)
+    return mixture_learner(model, mixture, setting.level, backend_name, compiled=compiled, together=together)
 
 
 def mixture_learner(
@@ -213,7 +140,7 @@ def mixture_learner(
     backend_name: str,
     *,
     compiled: bool = False,
-    shared: bool = True,
+    together: bool = True,
 ) -> Learner:
     """A model with our adapters that must compute what the mixture does."""
     part = models.part_of(model, level)
@@ -221,8 +148,8 @@ def mixture_learner(
 
     def train(batch: Batch, step: int) -> tuple[Tensor, ...]:
         with backend(backend_name):
-            if level == "model" and not shared:
-                return (models.run_unshared(model, batch.joined, step),)
+            if level == "model" and not together:
+                return (models.run_apart(model, batch.joined, step),)
             return (models.run_views(model, run, level, batch.joined, step),)
 
     def evaluate(images: Tensor) -> Tensor:
@@ -244,11 +171,11 @@ def _when_best(name: str, spec: Spec, device: torch.device) -> bool:
 
 for _name in BACKENDS:
     # Those that cannot serve here are rows with their reason, their variants are no rows.
-    contender(f"ours, {_name}", unavailable=partial(unavailable_reason, _name), shares_views=True)(
+    contender(f"ours, {_name}", unavailable=partial(unavailable_reason, _name), views_together=True)(
         partial(ours, backend_name=_name)
     )
     contender(f"ours, {_name}, two views", cases=("step",), when=partial(_when_best, _name))(
-        partial(ours, backend_name=_name, shared=False)
+        partial(ours, backend_name=_name, together=False)
     )
 
 
@@ -318,7 +245,7 @@ def _when_compiled(spec: Spec, device: torch.device) -> bool:
 
 
 for _name in BACKENDS:
-    contender(f"ours, {_name}, compiled", when=partial(_when_best_compiled, _name), shares_views=True)(
+    contender(f"ours, {_name}, compiled", when=partial(_when_best_compiled, _name), views_together=True)(
         partial(ours, backend_name=_name, compiled=True)
     )
 contender("paper, compiled", when=_when_compiled)(partial(paper, compiled=True))

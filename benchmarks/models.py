@@ -102,7 +102,7 @@ def run_views(mixture: AdaptedModel, part: nn.Module, level: Level, inputs: Inpu
         return part(*inputs)
 
 
-def run_unshared(mixture: AdaptedModel, inputs: Inputs, step: int) -> Tensor:
+def run_apart(mixture: AdaptedModel, inputs: Inputs, step: int) -> Tensor:
     """Logits of both views of the images, `[V * B, classes]`, each of them from the pixels on, in one batch."""
     (images,) = inputs
     with routed(blocks_of(mixture), draw_step(mixture, step, images.device)):

@@ -78,7 +78,8 @@ def _bar_panel(axis: Axes, group: Group, rows: dict[str, Row]) -> None:
     axis.set_xlim(0, 1.3 * max(row["high"] for row in rows.values()))  # room for what is written at the longest bar
     axis.spines[["top", "right"]].set_visible(False)
     base = "a copy of the planned bytes" if group[0] == "operator" else "the same work without adapters"
-    axis.set_xlabel(f"ms, and how many times that of {base}", fontsize="small")
+    compared = any(ratio(group, rows, name) is not None for name in rows)
+    axis.set_xlabel(f"ms, and how many times that of {base}" if compared else "ms", fontsize="small")
     what = subject(group)
     axis.set_title(f"{what[0].upper()}{what[1:]}\n{shape(group)}", fontsize="medium", loc="left")
 
@@ -90,7 +91,7 @@ def _milliseconds(value: float) -> str:
 def roofline(results: dict[str, Any], path: Path) -> None:
     """The operator's operations per second, over operations per byte of our kernels' plan."""
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogLocator
 
     machine = results["machine"]
     figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
@@ -112,9 +113,10 @@ def roofline(results: dict[str, Any], path: Path) -> None:
         marker = "s" if split_variant(name)[1] else "o"
         axis.plot(*zip(*reached, strict=True), marker, color=color(name), alpha=0.8, label=name)
     axis.set(xscale="log", yscale="log", xlabel="operations per planned byte", ylabel="TFLOP/s")
-    for numbers in (axis.xaxis, axis.yaxis):
-        numbers.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axis.yaxis.set_minor_formatter("{x:g}")
     axis.set_title("The adapter alone, at every shape and mode", loc="left")
     axis.grid(which="both", alpha=0.2)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders import CONTENDERS, NO_ADAPTER, NO_ADAPTER_UNSHARED
+from benchmarks.contenders import CONTENDERS, NO_ADAPTER, NO_ADAPTER_APART
 from benchmarks.results import FOLDER, KEY, LEAST_RUNS, Row, markdown_table, read
 
 PAPER = "paper"
@@ -53,8 +53,8 @@ def shape(group: Group) -> str:
 
 def yardstick(group: Group, contender: str) -> str:
     """The contender that another one's time is divided by: the same without adapters, and the same views in common."""
-    apart = contender not in CONTENDERS or not CONTENDERS[contender].shares_views
-    return NO_ADAPTER_UNSHARED if group[0] == "step" and apart else NO_ADAPTER
+    apart = contender not in CONTENDERS or not CONTENDERS[contender].views_together
+    return NO_ADAPTER_APART if group[0] == "step" and apart else NO_ADAPTER
 
 
 def memory(row: Row) -> float | None:
@@ -72,7 +72,7 @@ def taxes(rows: Iterable[Row]) -> list[tuple[str, float, float | None]]:
     by_name = timed(rows)
     for name, row in by_name.items():
         base = by_name.get(yardstick(("step",), name))
-        if base is None or name in (NO_ADAPTER, NO_ADAPTER_UNSHARED):
+        if base is None or name in (NO_ADAPTER, NO_ADAPTER_APART):
             continue
         ours, bare = memory(row), memory(base)
         found.append((name, row["ms"] / base["ms"] - 1, None if ours is None or not bare else ours / bare - 1))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import models
-from benchmarks.contenders import Batch, Learner, mixture_learner
+from benchmarks.contenders import mixture_learner
+from benchmarks.learner import Batch, Learner
 from benchmarks.models import Setting
 from benchmarks.spec import CLASSES, VIEWS, Level, Spec
 from mosa_fast.adapters.model import AdaptedModel
@@ -23,7 +24,7 @@ CHECKED_STEP = 1234  # whose draws are compared
 
 
 class Workbench:
-    """What the contenders of one spec share.
+    """What the contenders of one spec have in common.
 
     Attributes:
         setting: backbone and mixtures.
@@ -115,7 +116,7 @@ class Workbench:
         """The same by the reference in float32."""
         key = (id(mixture), dropout)
         if key not in self._expected:
-            oracle = mixture_learner(mixture, mixture, self.level, "reference", shared=False)
+            oracle = mixture_learner(mixture, mixture, self.level, "reference", together=False)
             oracle.module.train()
             joined = self.batches[0].joined
             exact = tuple(tensor.detach().float().requires_grad_(tensor.requires_grad) for tensor in joined)
