@@ -1,4 +1,4 @@
-"""The registry of cases: what is timed, on which shapes, by which contenders, and how their results are checked.
+"""The registry of cases: what work of a spec's contenders is timed, and how their results are checked.
 
 A case is a function from a `Spec` to contenders, registered by its name: a new one needs no change anywhere else.
 """
@@ -6,74 +6,56 @@ A case is a function from a `Spec` to contenders, registered by its name: a new 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
+import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from benchmarks import models
-from benchmarks.models import VIEWS, Batch, Learner, Level
-from mosa_fast.adapters.vision_transformer import AdaptedVisionTransformer
-from mosa_fast.config import LossConfig, MoSAConfig
-from mosa_fast.ops.backends import BACKENDS, unavailable_reason
-from mosa_fast.training.losses import mosa_loss
+from benchmarks.contenders import CONTENDERS, Entry, split_variant
+from benchmarks.learner import Batch, Learner
+from benchmarks.machine import copy_of
+from benchmarks.spec import CONFIG, VIEWS, Level, Mode, Spec
+from benchmarks.timing import Work
+from benchmarks.workbench import Workbench, stream_dtypes
 
-BATCHES = 4  # inputs take turns, so that no run finds its own in a cache
-CONFIG = MoSAConfig(bottleneck=64, experts=4)  # adaptformer placement, dense down: METHOD's FGVC setting
 # Largest relative RMS error of outputs and gradients against float32 on the reference; a wrong mask gives 0.3 and more.
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
-CHECKED_STEP = 1234
-
-
-@dataclass(frozen=True)
-class Spec:
-    """One shape of one case.
-
-    Attributes:
-        case: a name in `CASES`.
-        backbone: timm's name.
-        images: per view.
-        precision: "fp32", or "bf16" for autocast with float32 weights and residual stream.
-        tokens: of an image; a whole model has its backbone's number.
-        compiled: have the contenders under torch.compile too.
-        repeats: timed runs of each contender.
-    """
-
-    case: str
-    backbone: str
-    images: int
-    precision: str
-    tokens: int = 197
-    compiled: bool = False
-    repeats: int = 10
+# Roundings add up over the layers of a model.
+TOLERANCE = {"fp32": 1e-3, "bf16-mixed": 0.1, "bf16-true": 0.1}
+OPERATOR_TOLERANCE = {"fp32": 1e-5, "bf16-mixed": 2e-2, "bf16-true": 3e-2}
+COPY = "copy"  # the operator's yardstick: the bytes that our kernels plan to move, copied
+# Arrays of M * D elements (M tokens, D wide) that our kernels plan to move between memory and chip: forward reads x and
+# skip and writes the output; backward reads x and the output's gradient twice and writes the gradient of x.
+FORWARD_PASSES, BACKWARD_PASSES = 3, 5
 
 
 @dataclass
 class Contender:
-    """One way of doing a case's work.
+    """One way of doing a case's work, ready to be timed.
 
     Attributes:
-        run: what is timed.
-        results: values by name, computed once more without timing; None: only that they are finite is checked.
-        expected: what they should be.
-        state_bytes: see `models.state_bytes`; None where it means nothing.
+        work: by mode.
+        results: values by name, of one more run.
+        expected: what they should be; None: that they are finite is all that is asked.
+        state_bytes: see `Workbench.state_bytes`; None where it means nothing.
         compiled: under torch.compile.
+        typical: the results' run is like those that are timed, with dropout where they have it.
     """
 
     name: str
-    run: Callable[[], object]
+    work: dict[Mode, Work]
     results: Callable[[], dict[str, Tensor]]
     expected: Callable[[], dict[str, Tensor]] | None = None
     state_bytes: int | None = None
     compiled: bool = False
+    typical: bool = True
 
-    def wrong(self, tolerance: float) -> str | None:
-        """What is wrong with its results; None: nothing."""
-        found = self.results()
+    def wrong(self, spec: Spec, found: dict[str, Tensor]) -> str | None:
+        """What is wrong with results that were found; None: nothing."""
+        tolerance = (OPERATOR_TOLERANCE if spec.case == "operator" else TOLERANCE)[spec.precision]
         for name, value in found.items():
             if not value.isfinite().all():
                 return f"{name} is not finite"
@@ -84,14 +66,16 @@ class Contender:
         return None
 
 
-Makers = dict[str, Callable[[], Contender]]  # made one after the other: one that fails does not stop the others
-CASES: dict[str, Callable[[Spec, torch.device], Makers]] = {}
+# By name: what makes a contender, or why there is none. One after the other: one that fails does not stop the others.
+Makers = dict[str, Callable[[], Contender] | str]
+_Case = Callable[[Spec, torch.device], Makers]
+CASES: dict[str, _Case] = {}
 
 
-def case(name: str) -> Callable[[Callable[[Spec, torch.device], Makers]], Callable[[Spec, torch.device], Makers]]:
+def case(name: str) -> Callable[[_Case], _Case]:
     """Register a case under a name."""
 
-    def register(function: Callable[[Spec, torch.device], Makers]) -> Callable[[Spec, torch.device], Makers]:
+    def register(function: _Case) -> _Case:
         CASES[name] = function
         return function
 
@@ -101,7 +85,11 @@ def case(name: str) -> Callable[[Callable[[Spec, torch.device], Makers]], Callab
 @case("operator")
 def operator_case(spec: Spec, device: torch.device) -> Makers:
     """The adapter alone, forward and backward, with the masks where there are any."""
-    return _training(spec, device, "operator")
+
+    def copied() -> Contender:
+        return Contender(COPY, {mode: copy_of(operator_work(spec, mode)[1], device) for mode in spec.modes}, dict)
+
+    return {COPY: copied, **_training(spec, device, "operator")}
 
 
 @case("block")
@@ -119,174 +107,125 @@ def step_case(spec: Spec, device: torch.device) -> Makers:
 @case("evaluation")
 def evaluation_case(spec: Spec, device: torch.device) -> Makers:
     """Logits of the merged model."""
-    bench = Workbench(spec, device, "model")
-
-    def make(name: str, learner_of: Callable[[], Learner], checked: bool) -> Contender:
-        learner = learner_of()
-        learner.module.eval()
-        learner.prepare_evaluation()
-        turns = bench.turns()
-
-        @torch.no_grad()
-        def logits(batch: Batch) -> Tensor:
-            with bench.autocast():
-                return learner.evaluate(*batch.joined)
-
-        return Contender(
-            name,
-            lambda: logits(next(turns)),
-            lambda: {"logits": logits(bench.batches[0])},
-            bench.merged_logits if checked else None,
-            compiled="compiled" in name,
-        )
-
-    wanted = {name: entry for name, entry in bench.learners().items() if "two views" not in name}
-    return {name: partial(make, name, *entry) for name, entry in wanted.items()}
+    return _makers(Workbench(spec, device, "model"), _evaluated)
 
 
 def _training(spec: Spec, device: torch.device, level: Level) -> Makers:
-    bench = Workbench(spec, device, level)
-    return {name: partial(_trained, bench, name, *entry) for name, entry in bench.learners().items()}
+    return _makers(Workbench(spec, device, level), _trained)
 
 
-def _trained(bench: Workbench, name: str, learner_of: Callable[[], Learner], checked: bool) -> Contender:
-    learner = learner_of()
+def _makers(bench: Workbench, make: Callable[[Workbench, str, Entry], Contender]) -> Makers:
+    return {
+        name: entry.unavailable() or partial(make, bench, name, entry)
+        for name, entry in CONTENDERS.items()
+        if entry.takes_part(bench.spec, bench.device)
+    }
+
+
+def _trained(bench: Workbench, name: str, entry: Entry) -> Contender:
+    learner = entry.make(bench.setting)
     learner.module.train()
-    turns, steps = bench.turns(), iter(range(10**9))
-    # A learning rate of zero: the same work, and the check after the timing finds the weights as they were.
-    fused = bench.device.type == "cuda"
-    optimizer = torch.optim.AdamW(learner.trained(), lr=0.0, fused=fused) if bench.level == "model" else None
+    for batch in bench.batches if learner.separate else ():
+        batch.views  # noqa: B018  # cut now, untimed
+    works = model_work(bench, learner) if bench.level == "model" else layer_work(bench, learner)
+    dropout = learner.route is None  # what draws by itself cannot be told what to drop
+    return Contender(
+        name,
+        works,
+        partial(bench.results, learner),
+        None if learner.mixture is None else partial(bench.expected, learner.mixture, dropout),
+        state_bytes=bench.state_bytes(learner) if bench.level == "model" else None,
+        compiled=_is_compiled(name),
+        typical=dropout,
+    )
 
-    def run() -> None:
+
+def model_work(bench: Workbench, learner: Learner) -> dict[Mode, Work]:
+    """A training step with its optimizer."""
+    turns, steps = bench.turns(), iter(range(10**9))
+    # A learning rate of zero: the same work, and the weights stay as they are.
+    optimizer = torch.optim.AdamW(learner.trained(), lr=0.0, fused=bench.device.type == "cuda")
+
+    def step() -> None:
         batch = next(turns)
-        bench.forward_backward(learner, batch, next(steps))
-        if optimizer is not None:
-            optimizer.step()
+        bench.backward(learner, bench.forward(learner, batch, next(steps)))
+        optimizer.step()
         bench.forget(learner, batch)
 
-    state = models.state_bytes(learner, bench.vit) if bench.level == "model" else None
-    expected = partial(bench.expected, dropout=learner.route is None) if checked else None
-    return Contender(name, run, lambda: bench.results(learner), expected, state, "compiled" in name)
+    return {"all": Work(step)}
 
 
-class Workbench:
-    """Backbone, data and oracle of one spec, shared by its contenders."""
+def layer_work(bench: Workbench, learner: Learner) -> dict[Mode, Work]:
+    """Forward and backward of an adapter or a block, together and each alone."""
+    turns, steps = bench.turns(), iter(range(10**9))
+    done: list[tuple[Batch, tuple[Tensor, ...]]] = []  # the forward whose backward comes next
 
-    def __init__(self, spec: Spec, device: torch.device, level: Level) -> None:
-        self.spec, self.device, self.level = spec, device, level
-        self.vit: VisionTransformer = models.make_backbone(spec.backbone, device, None if level == "model" else 1)
-        self.compact: AdaptedVisionTransformer = models.make_compact(self.vit, CONFIG)
-        generator = torch.Generator(device).manual_seed(0)
-        self.batches = [self._batch(generator) for _ in range(BATCHES)]
-        self.labels = torch.randint(models.CLASSES, (spec.images,), generator=generator, device=device)
-        self._expected: dict[bool, dict[str, Tensor]] = {}
-        if level != "model":
-            h = self.batches[0].joined[0]
-            self.grad = torch.randn(h.shape, generator=generator, device=device)
+    def forget() -> None:
+        for batch, _ in done:
+            bench.forget(learner, batch)
+        done.clear()
 
-    def _batch(self, generator: torch.Generator) -> Batch:
-        spec, width = self.spec, self.vit.embed_dim
-        if self.level == "model":
-            size = self.vit.patch_embed.img_size
-            assert size is not None
-            images = torch.randn(spec.images, 3, *size, generator=generator, device=self.device)
-            return Batch((images,), ((images,),) * VIEWS)
-        dtypes = [torch.float32]  # h; the MLP's output comes in autocast's dtype
-        if self.level == "operator":
-            dtypes.append(torch.float32 if spec.precision == "fp32" else torch.bfloat16)
-        shape = (VIEWS * spec.images, spec.tokens, width)
-        drawn = [torch.randn(shape, generator=generator, device=self.device).to(dtype) for dtype in dtypes]
-        halves = zip(*(tensor.chunk(VIEWS) for tensor in drawn), strict=True)
-        views = tuple(tuple(half.clone().requires_grad_() for half in view) for view in halves)
-        return Batch(tuple(tensor.requires_grad_() for tensor in drawn), views)
+    def forward() -> None:
+        batch = next(turns)
+        done.append((batch, bench.forward(learner, batch, next(steps))))
 
-    def learners(self) -> dict[str, tuple[Callable[[], Learner], bool]]:
-        """All contenders: how each is made, and whether its results are to be the mixture's."""
-        vit, compact, level, compiled = self.vit, self.compact, self.level, self.spec.compiled
-        makers: dict[str, tuple[Callable[[], Learner], bool]] = {
-            "no adapter": (partial(models.without_adapters, vit, level), False),
-            "paper": (partial(models.paper, vit, compact, level), True),
-            "dense": (partial(models.dense, vit, compact, level), False),
-        }
-        if level == "model":
-            makers["no adapter, two views"] = (partial(models.without_adapters, vit, level, shared=False), False)
-        if compiled:
-            makers["paper, compiled"] = (partial(models.paper, vit, compact, level, compiled=True), True)
-        if level != "operator":
-            makers["lora"] = (partial(_lora, vit, level), False)
-        for name in BACKENDS:
-            # The reference on a GPU, and every backend that runs here; those that do not are rows with their reason.
-            makers[f"ours, {name}"] = (partial(_ours, compact, level, name), True)
-        best = best_backend(self.device)
-        if compiled:
-            makers[f"ours, {best}, compiled"] = (partial(_ours, compact, level, best, compiled=True), True)
-        if level == "model":
-            makers[f"ours, {best}, two views"] = (partial(_ours, compact, level, best, shared=False), True)
-        return makers
+    def backward() -> None:
+        bench.backward(learner, done[0][1])
+        forget()  # in its time, like a training step's: the next contender finds no gradients on the inputs
 
-    def turns(self) -> Iterator[Batch]:
-        """The batches, over and over."""
-        while True:
-            yield from self.batches
+    def forget_and_forward() -> None:
+        forget()
+        forward()
 
-    def autocast(self, enabled: bool = True) -> torch.autocast:
-        """The spec's precision."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled and self.spec.precision == "bf16")
+    def both() -> None:
+        forward()
+        backward()
 
-    def forward_backward(self, learner: Learner, batch: Batch, step: int, autocast: bool = True) -> tuple[Tensor, ...]:
-        """What every training contender does; gradients are left in `.grad`."""
-        with self.autocast(autocast):
-            outputs = learner.train(batch, step)
-        if self.level == "model":
-            mosa_loss(torch.cat(outputs) if len(outputs) > 1 else outputs[0], self.labels, LossConfig()).backward()
-        else:
-            torch.autograd.backward(outputs, self.grad.chunk(len(outputs)))
-        learner.after_backward()
-        return outputs
-
-    def forget(self, learner: Learner, batch: Batch) -> None:
-        """Drop all gradients."""
-        for tensor in (*learner.trained(), *batch.joined, *(tensor for view in batch.views for tensor in view)):
-            tensor.grad = None
-
-    def results(self, learner: Learner, *, dropout: bool | None = None, autocast: bool = True) -> dict[str, Tensor]:
-        """Outputs, gradients of a mixture's weights and of the input, on a fixed batch and draw.
-
-        What draws by itself (the paper's way) is told what to draw, and does it without dropout.
-        """
-        dropout = learner.route is None if dropout is None else dropout
-        batch = self.batches[0]
-        if learner.route is not None:
-            learner.route(models.routing_of(self.compact, CHECKED_STEP, self.device).experts)
-        with _without_dropout(learner, not dropout):
-            outputs = self.forward_backward(learner, batch, CHECKED_STEP, autocast)
-        found = {"output": torch.cat([output.detach() for output in outputs])} | models.gradients(learner)
-        if self.level != "model" and learner.adapters:
-            views = [batch.joined] if batch.joined[0].grad is not None else batch.views
-            found["input"] = torch.cat([view[0].grad for view in views if view[0].grad is not None])
-        self.forget(learner, batch)
-        return found
-
-    def expected(self, dropout: bool) -> dict[str, Tensor]:
-        """The same by the reference in float32."""
-        if dropout not in self._expected:
-            oracle = models.ours(self.compact, self.level, "reference", shared=False)
-            oracle.module.train()
-            self._expected[dropout] = self.results(oracle, dropout=dropout, autocast=False)
-        return self._expected[dropout]
-
-    def merged_logits(self) -> dict[str, Tensor]:
-        """Logits of the first batch by the reference in float32."""
-        oracle = models.ours(self.compact, self.level, "reference")
-        oracle.module.eval()
-        with torch.no_grad():
-            return {"logits": oracle.evaluate(*self.batches[0].joined)}
+    return {"all": Work(both, forget), "forward": Work(forward, forget), "backward": Work(backward, forget_and_forward)}
 
 
-def best_backend(device: torch.device) -> str:
-    """What `auto` would take on the device."""
-    kernels = ("triton", "cuda") if device.type == "cuda" else ()
-    return next((name for name in kernels if unavailable_reason(name) is None), "reference")
+def _evaluated(bench: Workbench, name: str, entry: Entry) -> Contender:
+    learner = entry.make(bench.setting)
+    learner.module.eval()
+    learner.prepare_evaluation()
+    turns = bench.turns()
+
+    @torch.no_grad()
+    def logits(batch: Batch) -> Tensor:
+        return bench.evaluate(learner, batch)
+
+    return Contender(
+        name,
+        {"all": Work(lambda: logits(next(turns)))},
+        lambda: {"logits": logits(bench.batches[0])},
+        None if learner.mixture is None else partial(bench.merged_logits, learner.mixture),
+        compiled=_is_compiled(name),
+    )
+
+
+def _is_compiled(name: str) -> bool:
+    return split_variant(name)[1] == "compiled"
+
+
+def operator_work(spec: Spec, mode: Mode) -> tuple[float, int]:
+    """Operations, and the bytes that our kernels plan to move, of the operator.
+
+    Two products of `2 M D r` operations forward, and backward two towards x (one is the forward's again) and two for
+    the weights: `12 M D r` for both.
+    """
+    elements = VIEWS * spec.images * spec.tokens * _width(spec.backbone)
+    stream, skip = (dtype.itemsize for dtype in stream_dtypes(spec.precision))
+    forward = (4.0 * elements * CONFIG.bottleneck, elements * (stream * (FORWARD_PASSES - 1) + skip))
+    backward = (8.0 * elements * CONFIG.bottleneck, elements * stream * BACKWARD_PASSES)
+    both = (forward[0] + backward[0], forward[1] + backward[1])
+    return {"all": both, "forward": forward, "backward": backward}[mode]
+
+
+@cache
+def _width(backbone: str) -> int:
+    with torch.device("meta"):
+        model: Any = timm.create_model(backbone, depth=1)
+    return int(model.embed_dim)
 
 
 def free_memory() -> None:
@@ -295,33 +234,3 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-class UnavailableError(RuntimeError):
-    """A contender cannot run here; the message says why."""
-
-
-def _ours(compact: AdaptedVisionTransformer, level: Level, name: str, **options: bool) -> Learner:
-    reason = unavailable_reason(name)
-    if reason is not None:
-        raise UnavailableError(reason)
-    return models.ours(compact, level, name, **options)
-
-
-def _lora(vit: VisionTransformer, level: Level) -> Learner:
-    reason = models.lora_unavailable()
-    if reason is not None:
-        raise UnavailableError(reason)
-    return models.lora(vit, level)
-
-
-@contextmanager
-def _without_dropout(learner: Learner, wanted: bool) -> Iterator[None]:
-    rates = [adapter.dropout for adapter in learner.adapters]
-    try:
-        for adapter in learner.adapters if wanted else ():
-            adapter.dropout = 0.0
-        yield
-    finally:
-        for adapter, rate in zip(learner.adapters, rates, strict=True):
-            adapter.dropout = rate

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What needs a GPU but the suite, in one call of at most 9 minutes: benchmarks/gpu.sh FOLDER
-# (the suite is a call of its own: python -m benchmarks --suite gpu)
+# What needs a GPU, in one call of at most 9 minutes: benchmarks/gpu.sh FOLDER
+# (all but the models' times, which are a call of their own: python -m benchmarks --suite gpu)
 # Leaves at most 8 small files there; a part that fails or runs out of its time does not stop the others.
 set -u
 out=${1:?usage: benchmarks/gpu.sh FOLDER}
@@ -31,12 +31,12 @@ export TORCH_CUDA_ARCH_LIST
 part 20 info.txt "$python" -m mosa_fast.info
 part 90 extension.txt "$python" -c "from mosa_fast.ops import extension; print(extension.operators())"
 part 210 tests.txt "$python" -m pytest tests/gpu -q --durations=10
-part 120 benchmark.txt "$python" -m benchmarks.adapter --widths 768 384 1024 1280 --tokens 25216 1576 201728 \
-    --repeats 10 --csv "$out/adapter.csv"
+# Two minutes by itself, and what the start and a compilation that does not end in time take.
+part 160 operator.txt "$python" -m benchmarks --suite operator --out "$out/operator.json"
 if command -v ncu >/dev/null; then
     part 60 ncu.csv ncu --csv --kernel-name regex:'sparse_adapter|sum_' \
         --metrics dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum,launch__registers_per_thread \
-        "$python" -m benchmarks.adapter --profile --widths 768 --tokens 25216
+        "$python" -m benchmarks --suite operator --profile
 fi
 if command -v compute-sanitizer >/dev/null; then
     small="tests/gpu/test_on_gpu.py -q -k sanitized"

@@ -1,40 +1,33 @@
 """`python -m benchmarks.report [FILE.json ...]`: Markdown tables and plots of the suite's results, beside the files.
 
-`FILE.md` has every table, `FILE_bars.png` times with their spread, `FILE_roofline.png` the operator against what the
-machine can do, `FILE_scaling.png` the operator over batch and tokens. Without arguments: all results in
+`FILE.md` has every table; the plots are those of `benchmarks.plots`. Without arguments: all results in
 benchmarks/results/.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import timm
+from benchmarks.contenders import CONTENDERS, NO_ADAPTER, NO_ADAPTER_APART
+from benchmarks.results import FOLDER, KEY, LEAST_RUNS, Row, markdown_table, read
 
-from benchmarks.suite import KEY, Row, operator_work
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-RESULTS = Path(__file__).parent / "results"
 PAPER = "paper"
-# A contender, and what it is measured against for the adapter tax: the same views, without adapters.
-SHARED, UNSHARED = "no adapter", "no adapter, two views"
-TITLES = {
-    "operator": "the adapter alone, forward and backward",
-    "block": "a block with its adapter, forward and backward",
+MODES = {"all": "forward and backward", "forward": "forward", "backward": "backward"}
+SUBJECTS = {
+    "operator": "the adapter alone",
+    "block": "a block with its adapter",
     "step": "a training step",
     "evaluation": "evaluation",
 }
+Group = tuple[Any, ...]  # case, backbone, images, tokens, precision, mode
 
 
-def groups(results: dict[str, Any]) -> dict[tuple[Any, ...], list[Row]]:
-    """Rows by spec, in order."""
-    found: dict[tuple[Any, ...], list[Row]] = {}
+def groups(results: dict[str, Any]) -> dict[Group, list[Row]]:
+    """Rows by what they measure, in order."""
+    found: dict[Group, list[Row]] = {}
     for row in results["rows"]:
         found.setdefault(tuple(row[field] for field in KEY[:-1]), []).append(row)
     return found
@@ -45,164 +38,119 @@ def timed(rows: Iterable[Row]) -> dict[str, Row]:
     return {row["contender"]: row for row in rows if row["ms"] is not None}
 
 
+def subject(group: Group) -> str:
+    """What was timed: "the adapter alone, forward and backward"."""
+    case, mode = str(group[0]), group[-1]
+    name = SUBJECTS.get(case, case)
+    return f"{name}, {MODES[mode]}" if case in ("operator", "block") else name
+
+
+def shape(group: Group) -> str:
+    """On what: "vit_tiny_patch16_224, 8 images of 197 tokens, fp32"."""
+    _, backbone, images, tokens, precision, _ = group
+    return f"{backbone}, {images} image{'' if images == 1 else 's'} of {tokens} tokens, {precision}"
+
+
+def yardstick(group: Group, contender: str) -> str:
+    """The contender that another one's time is divided by: the same without adapters, and the same views in common."""
+    apart = contender not in CONTENDERS or not CONTENDERS[contender].views_together
+    return NO_ADAPTER_APART if group[0] == "step" and apart else NO_ADAPTER
+
+
 def memory(row: Row) -> float | None:
     """MiB that a training run needs on top of what is there: the peak on a GPU, on a CPU what backward keeps."""
     return row["saved_mib"] if row["peak_mib"] is None else row["peak_mib"]
 
 
 def taxes(rows: Iterable[Row]) -> list[tuple[str, float, float | None]]:
-    """The adapter tax of every contender of a training step: (name, share of time, share of memory).
+    """The adapter tax of every contender of a training step: (name, of time, of memory), 0.05 for 5 %.
 
-    Against the same step without adapters, of the same two views, with gradients that reach as deep; ours shares the
-    views' beginning unless its name says otherwise, and so does its yardstick.
+    Against the same step without adapters, of the same two views, with gradients that reach as deep; whoever runs
+    once what the views have in common is measured against a step that does so too.
     """
     found = []
     by_name = timed(rows)
     for name, row in by_name.items():
-        shared = name.startswith("ours") and "two views" not in name
-        base = by_name.get(SHARED if shared else UNSHARED)
-        if base is None or name in (SHARED, UNSHARED):
+        base = by_name.get(yardstick(("step",), name))
+        if base is None or name in (NO_ADAPTER, NO_ADAPTER_APART):
             continue
         ours, bare = memory(row), memory(base)
         found.append((name, row["ms"] / base["ms"] - 1, None if ours is None or not bare else ours / bare - 1))
     return found
 
 
-def table(spec: tuple[Any, ...], rows: list[Row]) -> str:
-    """A spec's rows; the adapter tax is a column where the case is a training step."""
-    case, backbone, images, tokens, precision = spec
-    by_name, tax = timed(rows), {name: shares for name, *shares in taxes(rows)} if case == "step" else {}
-    title = f"**{TITLES.get(case, case).capitalize()}**: {backbone}, {images} images of {tokens} tokens, {precision}"
-    columns = ["", "ms (quartiles)", "images/s", "times the paper's speed"]
-    training = case != "evaluation"
+def table(group: Group, rows: list[Row]) -> str:
+    """The rows of one measurement; the adapter tax is a column where the case is a training step."""
+    case, mode, by_name = group[0], group[-1], timed(rows)
+    tax = {name: values for name, *values in taxes(rows)} if case == "step" else {}
     peak = any(row["peak_mib"] is not None for row in rows)
-    columns += ["activations, MiB" if not peak else "peak, MiB"] if training else []
+    of_copy = any(row["of_copy"] is not None for row in rows)
+    keeps = peak or (mode == "all" and case != "evaluation")
+    columns = ["", "ms (quartiles)", "images/s", "times the paper's speed"]
+    columns += ["of the copy's speed"] if of_copy else []
+    columns += ["peak, MiB" if peak else "activations, MiB"] if keeps else []
     columns += ["state, MiB", "adapter tax: time", "memory"] if case == "step" else []
-    lines = [title, "", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
-    for row in rows:
-        if row["ms"] is None:
-            continue
+    lines = []
+    for name, row in by_name.items():
         faster = f"{by_name[PAPER]['ms'] / row['ms']:.2f}" if PAPER in by_name else ""
-        cells = [row["contender"], f"{row['ms']:.2f} ({row['low']:.2f} to {row['high']:.2f})"]
+        cells = [name, f"{row['ms']:.2f} ({row['low']:.2f} to {row['high']:.2f})"]
         cells += [f"{row['images_per_s']:,.{0 if row['images_per_s'] >= 100 else 1}f}", faster]
-        cells += [_number(memory(row), "{:,.0f}")] if training else []
+        cells += [_number(row["of_copy"], "{:.2f}")] if of_copy else []
+        cells += [_number(memory(row), "{:,.0f}")] if keeps else []
         if case == "step":
-            time, space = tax.get(row["contender"], (None, None))
+            time, space = tax.get(name, (None, None))
             cells += [_number(row["state_mib"], "{:,.1f}"), _number(time, "{:+.1%}"), _number(space, "{:+.1%}")]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(cells)
+    what = subject(group)
+    parts = [f"**{what[0].upper()}{what[1:]}**: {shape(group)}", markdown_table(columns, lines)]
+    runs = min((row["runs"] for row in by_name.values()), default=LEAST_RUNS)
+    notes = [f"Few runs: {runs}, since there was no time for more."] if runs < LEAST_RUNS else []
     missing = [f"{row['contender']} ({row['reason']})" for row in rows if row["ms"] is None]
-    return "\n".join(lines + (["", f"Not timed: {'; '.join(missing)}."] if missing else []))
+    notes += [f"Not timed: {'; '.join(missing)}."] if missing else []
+    return "\n\n".join([*parts, *([" ".join(notes)] if notes else [])])
 
 
 def heading(results: dict[str, Any]) -> str:
     """Where and with what the results were measured."""
     e = results["environment"]
+    threads = f"{e['threads']} thread{'' if e['threads'] == 1 else 's'}"
     return (
-        f"{e['device']}, {e['threads']} threads, torch {e['torch']}, triton {e['triton']}, commit {e['commit']}; "
+        f"{e['device']}, {threads}, torch {e['torch']}, triton {e['triton']}, commit {e['commit']}; "
         f"adapters with r = {results['config']['bottleneck']}, E = {results['config']['experts']}."
     )
 
 
 def summary(results: dict[str, Any]) -> str:
     """What the README shows: the training steps."""
-    steps = [table(spec, rows) for spec, rows in groups(results).items() if spec[0] == "step"]
+    steps = [table(group, rows) for group, rows in groups(results).items() if group[0] == "step"]
     return "\n\n".join([heading(results), *steps])
 
 
 def markdown(results: dict[str, Any]) -> str:
     """Everything."""
     machine = ", ".join(f"{name} {value:,}" for name, value in results["machine"].items())
-    tables = [table(spec, rows) for spec, rows in groups(results).items()]
+    tables = [table(group, rows) for group, rows in groups(results).items()]
     return "\n\n".join(["# The suite's results", heading(results), f"The machine: {machine}.", *tables]) + "\n"
 
 
-def plot_bars(results: dict[str, Any], path: Path) -> None:
-    """Median times with their quartiles, a panel for each spec that is not a scaling point."""
-    import matplotlib.pyplot as plt
-
-    shown = [(spec, timed(rows)) for spec, rows in groups(results).items() if len(timed(rows)) > 1]
-    largest = {spec[:2] + spec[4:]: spec for spec, _ in sorted(shown, key=lambda item: item[0][2] * item[0][3])}
-    shown = [(spec, rows) for spec, rows in shown if spec in largest.values()]
-    figure, axes = plt.subplots(len(shown), 1, figsize=(8, 2.6 * len(shown)), squeeze=False, layout="constrained")
-    for axis, (spec, rows) in zip(axes[:, 0], shown, strict=True):
-        medians = [row["ms"] for row in rows.values()]
-        spread = [[row["ms"] - row["low"] for row in rows.values()], [row["high"] - row["ms"] for row in rows.values()]]
-        colors = ["tab:orange" if name.startswith("ours") else "tab:gray" for name in rows]
-        axis.barh(list(rows), medians, xerr=spread, color=colors, capsize=3)
-        axis.invert_yaxis()
-        axis.set(
-            xlabel="ms", title=f"{TITLES.get(spec[0], spec[0])}: {spec[1]}, {spec[2]} x {spec[3]} tokens, {spec[4]}"
-        )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def plot_roofline(results: dict[str, Any], path: Path) -> None:
-    """The operator's operations per second, over operations per byte of our kernels' plan."""
-    import matplotlib.pyplot as plt
-
-    machine = results["machine"]
-    figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
-    intensities = [1.0, 1000.0]
-    for precision in ("fp32", "bf16"):
-        peak = machine.get(f"{precision}_tflop_per_s")
-        if peak is not None:
-            ridge = peak * 1e3 / machine["copy_gb_per_s"]
-            roof = [machine["copy_gb_per_s"] * intensities[0] / 1e3, peak, peak]
-            axis.plot([intensities[0], ridge, intensities[1]], roof, label=f"measured copy and {precision} product")
-    points: dict[str, list[tuple[float, float]]] = {}
-    for spec, rows in groups(results).items():
-        for name, row in timed(rows).items() if spec[0] == "operator" else ():
-            if name != SHARED:
-                operations, nbytes = operator_work(row, width(spec[1]))
-                points.setdefault(name, []).append((operations / nbytes, operations / row["ms"] / 1e9))
-    for name, reached in points.items():
-        axis.plot(*zip(*reached, strict=True), "*" if name.startswith("ours") else ".", alpha=0.7, label=name)
-    axis.set(xscale="log", yscale="log", xlabel="operations per planned byte", ylabel="TFLOP/s", title="the operator")
-    axis.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def plot_scaling(results: dict[str, Any], path: Path) -> None:
-    """The operator's time for a token, over the batch and over the tokens of an image."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    specs = {spec: timed(rows) for spec, rows in groups(results).items() if spec[0] == "operator"}
-    for axis, field, label in zip(axes, (2, 3), ("images", "tokens of an image"), strict=True):
-        axis.set(xlabel=label, xscale="log", yscale="log")
-        _plot_scaling_over(axis, specs, field)
-    axes[0].set_ylabel("ns a token")
-    axes[0].legend(fontsize=7)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _plot_scaling_over(axis: Axes, specs: dict[tuple[Any, ...], dict[str, Row]], field: int) -> None:
-    other = 5 - field  # of images (2) and tokens (3), the one that stays
-    families: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
-    for spec in specs:
-        families.setdefault((spec[1], spec[other], spec[4]), []).append(spec)
-    family = max(families.values(), key=lambda specs: len({spec[field] for spec in specs}), default=[])
-    for name in dict.fromkeys(name for spec in family for name in specs[spec]):
-        points = sorted((spec[field], specs[spec][name]) for spec in family if name in specs[spec])
-        if len(points) > 1:
-            places = [place for place, _ in points]
-            axis.set_xticks(places, [str(place) for place in places])
-            axis.set_xticks([], minor=True)
-            axis.plot(
-                places, [1e6 * row["ms"] / (row["images"] * row["tokens"]) for _, row in points], "o-", label=name
-            )
-
-
-def width(backbone: str) -> int:
-    """Width of a timm ViT's tokens."""
-    import torch
-
-    with torch.device("meta"):
-        model: Any = timm.create_model(backbone, depth=1)
-    return int(model.embed_dim)
+def accuracy_table(results: dict[str, Any]) -> str:
+    """What the README shows of results/digits.json: test accuracies of five ways to train, by images per class."""
+    names = {
+        "linear": "linear probe",
+        "dense": "dense adapter",
+        "mosa": "**MoSA**",
+        "full": "full fine-tuning",
+        "scratch": "from scratch",
+    }
+    cell = {
+        (row["method"], row["shots"]): f"{row['test_mean']:.2f} ± {row['test_standard_error']:.2f}"
+        for row in results["table"]
+    }
+    weights = {row["method"]: f"{row['trained_weights']:,}" for row in results["table"]}
+    columns = ("test accuracy, %", "trained weights", "10 per class", "50 per class")
+    return markdown_table(
+        columns, [(name, weights[method], cell[method, 10], cell[method, 50]) for method, name in names.items()]
+    )
 
 
 def _number(value: float | None, form: str) -> str:
@@ -210,22 +158,23 @@ def _number(value: float | None, form: str) -> str:
 
 
 def main() -> None:
+    from benchmarks.plots import PLOTS
+
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n")[0])
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE.json")
     options = parser.parse_args()
-    files = options.files or sorted(RESULTS.glob("suite_*.json"))
+    files = options.files or sorted(FOLDER.glob("suite_*.json"))
     if not files:
         parser.error("there are no results yet: python -m benchmarks makes them")
     for path in files:
         try:
-            results = json.loads(path.read_text())
-            text = markdown(results)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            parser.error(f"{path} is not a result of the suite ({error})")
-        path.with_suffix(".md").write_text(text, encoding="utf-8")
-        for name, plot in (("bars", plot_bars), ("roofline", plot_roofline), ("scaling", plot_scaling)):
+            results = read(path)
+        except ValueError as error:
+            parser.error(str(error))
+        path.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
+        for name, plot in PLOTS.items():
             plot(results, path.with_name(f"{path.stem}_{name}.png"))
-        print(f"{path.with_suffix('.md')} and three plots")
+        print(f"{path.with_suffix('.md')} and {len(PLOTS)} plots")
 
 
 if __name__ == "__main__":

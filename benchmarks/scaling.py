@@ -20,10 +20,7 @@ import argparse
 import io
 import json
 import math
-import statistics
-import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +29,9 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.timing import environment
+from benchmarks.machine import environment
+from benchmarks.results import FOLDER, markdown_table
+from benchmarks.timing import Work, interleaved
 from mosa_fast.command_line import parse
 from mosa_fast.config import TrainConfig
 from mosa_fast.data import make_transforms
@@ -44,7 +43,7 @@ from mosa_fast.methods import METHODS
 from mosa_fast.recipes import packaged
 from mosa_fast.training.model import build_model
 
-RESULTS = Path(__file__).parent / "results" / "scaling.json"
+RESULTS = FOLDER / "scaling.json"
 WORLDS = (8, 64, 512, 4096)
 GRADIENT_BYTES = 4  # master weights and their gradients are float32
 CLASSES = {**{name: fgvc.classes for name, fgvc in SETS.items()}, "multitask": MULTITASK_CLASSES, **VTAB, **GICD}
@@ -102,8 +101,9 @@ def step_operations(config: TrainConfig, classes: int) -> tuple[int, int, int]:
     ):
         model.to_empty(device="cpu")
         images = torch.empty(batch, 3, side, side)
-        routing = {"views": config.loss.views, "seed": torch.zeros(1, dtype=torch.int64)}
-        logits = model(images, **routing) if METHODS[config.method].has_adapters else model(images)
+        method = METHODS[config.method]
+        routing = {"views": method.views_of(config.loss.views), "seed": torch.zeros(1, dtype=torch.int64)}
+        logits = model(images, **routing) if method.has_adapters else model(images)
         ahead = counter.get_total_flops()
         logits.sum().backward()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -156,20 +156,17 @@ def measure_decoding(repeats: int = 40) -> float:
         stream = io.BytesIO()
         Image.fromarray(noise).resize(PHOTO, Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
         transform = make_transforms(parse(["--config", "fgvc/cub"])[0].data, 224, IMAGENET).train
-        seconds = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            transform(Image.open(io.BytesIO(stream.getvalue())).convert("RGB"))
-            seconds.append(time.perf_counter() - start)
+        decode = Work(lambda: transform(Image.open(io.BytesIO(stream.getvalue())).convert("RGB")))
+        timing = interleaved({"decode": decode}, torch.device("cpu"), repeats=repeats)["decode"]
     finally:
         torch.set_num_threads(threads)
-    return statistics.median(seconds)
+    return timing.median / 1e3
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The plan as a table; recipes that come out equal share a row."""
+    """The plan as a table; recipes that come out equal have one row."""
     assumed = results["cluster"]
-    lines = [
+    text = [
         f"Assumed: {assumed['peak'] / 1e12:.0f} TFLOP/s at {assumed['utilisation']:.0%}, "
         f"{assumed['bandwidth'] / 1e9:.0f} GB/s and {assumed['latency'] * 1e6:.0f} µs a hop between GPUs. "
         f"Measured: {results['decode_seconds'] * 1e3:.1f} ms to decode and transform an image on one core "
@@ -177,12 +174,9 @@ def markdown(results: dict[str, Any]) -> str:
         "Every GPU keeps the recipe's batch, so that a step of W GPUs takes W batches: what limits after the network",
         "is the data set (VTAB-1k's 1,000 images are one step of 8 GPUs; thousands of GPUs want millions of images)",
         "and the decoding, in the last column.",
-        "",
-        "| recipes | reduced, MB a step | GFLOP an image | step, ms | "
-        + " | ".join(f"{world:,} GPUs" for world in WORLDS)
-        + " | images/s a GPU | cores to feed it |",
-        "| --- " * (len(WORLDS) + 6) + "|",
     ]
+    columns = ["recipes", "reduced, MB a step", "GFLOP an image", "step, ms"]
+    columns += [*(f"{world:,} GPUs" for world in WORLDS), "images/s a GPU", "cores to feed it"]
     merged: dict[tuple[str, ...], list[str]] = {}
     for row in results["rows"]:
         cells = (
@@ -194,8 +188,8 @@ def markdown(results: dict[str, Any]) -> str:
             f"{row['cores_per_gpu']:.0f}",
         )
         merged.setdefault(cells, []).append(row["recipe"])
-    lines += [f"| {', '.join(names)} | {' | '.join(cells)} |" for cells, names in merged.items()]
-    return "\n".join(lines)
+    table = markdown_table(columns, ((", ".join(names), *cells) for cells, names in merged.items()))
+    return "\n".join(text) + "\n\n" + table
 
 
 def all_recipes() -> list[str]:

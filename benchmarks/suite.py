@@ -1,232 +1,283 @@
-"""Runs specs: every contender in turns, their checks, their memory, and a file of rows."""
+"""Runs specs: every contender in turns, their checks, their memory, within the minutes of a suite."""
 
 from __future__ import annotations
 
-import csv
-import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.adapter import BACKWARD_PASSES, FORWARD_PASSES
-from benchmarks.cases import CASES, CONFIG, TOLERANCE, Contender, Spec, UnavailableError, free_memory
-from benchmarks.models import VIEWS
-from benchmarks.timing import Timing, copy_time, environment, interleaved, peak_memory
-
-KEY = ("case", "backbone", "images", "tokens", "precision", "contender")
-MEASURED = ("ms", "low", "high", "images_per_s", "saved_mib", "peak_mib", "state_mib", "reason")
-MIB = 2**20
-Row = dict[str, Any]
+from benchmarks.cases import CASES, COPY, Contender, free_memory, operator_work
+from benchmarks.contenders import best_backend
+from benchmarks.machine import environment, speeds
+from benchmarks.results import KEY, MEASURED, NO_TIME, Row
+from benchmarks.spec import CONFIG, Mode, Spec
+from benchmarks.timing import (
+    MIB,
+    Clock,
+    Deadline,
+    Timing,
+    interleaved,
+    peak_memory,
+    saved_memory,
+    synchronize,
+)
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Specs in order of importance, and the minutes they may take; what does not fit is left out, with a message."""
+    """Specs in the order in which they run, and the minutes they may take.
+
+    Attributes:
+        specs: each gets its part of the time that is left when it begins, by its weight.
+        minutes: of all.
+        contenders: those that take part; all of the cases' where empty.
+        gpu: needs one.
+    """
 
     specs: tuple[Spec, ...]
     minutes: float
+    contenders: tuple[str, ...] = ()
+    gpu: bool = False
 
 
 def _gpu_specs() -> tuple[Spec, ...]:
     base = "vit_base_patch16_224"
     first = [
-        Spec("step", base, 128, "bf16", compiled=True),
-        Spec("operator", base, 128, "bf16", compiled=True, repeats=30),
-        Spec("step", base, 128, "fp32", repeats=5),
-        Spec("operator", base, 128, "fp32", compiled=True, repeats=30),
-        Spec("block", base, 128, "bf16", compiled=True, repeats=20),
-        Spec("evaluation", base, 128, "bf16", compiled=True),
+        Spec("step", base, 128, "bf16-mixed", compiled=True, weight=6),
+        Spec("operator", base, 128, "bf16-mixed", compiled=True, repeats=30, weight=2),
+        Spec("step", base, 128, "bf16-true", weight=2),
+        Spec("step", base, 128, "fp32", repeats=5, weight=2),
+        Spec("operator", base, 128, "fp32", compiled=True, repeats=30, weight=2),
+        Spec("block", base, 128, "bf16-mixed", compiled=True, repeats=20, weight=3),
+        Spec("evaluation", base, 128, "bf16-mixed", compiled=True, weight=4),
         Spec("evaluation", base, 128, "fp32", repeats=5),
     ]
-    batches = [Spec("operator", base, images, "bf16", repeats=20) for images in (8, 32, 512)]
-    tokens = [Spec("operator", base, 32, "bf16", tokens=count, repeats=20) for count in (50, 577, 1370)]
+    batches = [Spec("operator", base, images, "bf16-mixed", repeats=20) for images in (8, 32, 512)]
+    tokens = [Spec("operator", base, 32, "bf16-mixed", tokens=count, repeats=20) for count in (50, 577, 1370)]
     return (*first, *batches, *tokens)
+
+
+def _operator_specs() -> tuple[Spec, ...]:
+    base = "vit_base_patch16_224"
+    others = ("vit_small_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224")  # 384, 1,024 and 1,280 wide
+    modes: tuple[Mode, ...] = ("forward", "backward", "all")
+    shapes = [(base, 64), (base, 128), *((name, images) for name in (base, *others) for images in (4, 512))]
+    return tuple(
+        # torch.compile takes longer than everything else: at one width only
+        Spec("operator", name, images, "bf16-true", compiled=name == base, modes=modes, weight=3 if name == base else 1)
+        for name, images in shapes
+    )
 
 
 def _quick_specs() -> tuple[Spec, ...]:
     tiny = "vit_tiny_patch16_224"
+    # The longest come last, and have the time that the others left: on slow cores they would leave none.
     return (
-        Spec("step", "vit_base_patch16_224", 1, "fp32", repeats=5),
-        Spec("operator", tiny, 8, "fp32", compiled=True, repeats=10),
-        Spec("block", tiny, 4, "fp32", repeats=10),
-        Spec("evaluation", tiny, 4, "fp32", repeats=5),
-        *(Spec("operator", tiny, images, "fp32", repeats=7) for images in (2, 32)),
-        *(Spec("operator", tiny, 8, "fp32", tokens=count, repeats=7) for count in (50, 577)),
+        *(Spec("operator", tiny, images, "fp32") for images in (2, 32)),
+        *(Spec("operator", tiny, 8, "fp32", tokens=count) for count in (50, 577)),
+        Spec("block", tiny, 4, "fp32"),
+        Spec("evaluation", tiny, 4, "fp32"),
+        Spec("operator", tiny, 8, "fp32", compiled=True, weight=4),
+        Spec("step", "vit_base_patch16_224", 1, "fp32", weight=6),
     )
 
 
-SUITES = {"quick": Suite(_quick_specs(), 2), "gpu": Suite(_gpu_specs(), 8)}
+SUITES = {
+    "quick": Suite(_quick_specs(), 2),
+    "gpu": Suite(_gpu_specs(), 8, gpu=True),
+    "operator": Suite(
+        _operator_specs(),
+        2,
+        (COPY, "ours, reference", "ours, reference, compiled", "ours, triton", "ours, cuda"),
+        gpu=True,
+    ),
+}
 
 
-def run_suite(suite: Suite, device: torch.device, cases: Iterable[str] | None = None) -> dict[str, Any]:
-    """All rows, with what they depend on."""
-    started = time.perf_counter()
+def run_suite(
+    suite: Suite,
+    device: torch.device,
+    *,
+    save: Callable[[dict[str, Any]], None] = lambda results: None,
+    clock: Clock = time.perf_counter,
+) -> dict[str, Any]:
+    """All rows, with what they depend on.
+
+    Args:
+        suite: what to run.
+        device: where.
+        save: called with what there is after every spec: a run that is cut short leaves that.
+        clock: seconds.
+    """
+    started = clock()
+    deadline = Deadline.after(60 * suite.minutes, clock)
     torch._dynamo.config.cache_size_limit = 64  # every block, shape and route is compiled, on purpose
-    rows: list[Row] = []
-    left_out = []
-    for spec in suite.specs:
-        if cases is not None and spec.case not in cases:
-            continue
-        # A spec takes about as long as the longest before it, and the last must not run over.
-        if time.perf_counter() - started > 0.85 * 60 * suite.minutes:
-            left_out.append(asdict(spec))
-            print(
-                f"{spec.case} {spec.images} x {spec.tokens} {spec.precision}: left out, no time left", file=sys.stderr
-            )
-            continue
-        rows += measure(spec, device)
-    return {
-        "environment": environment(device) | {"threads": torch.get_num_threads()},
-        "machine": machine(device),
+    results: dict[str, Any] = {
+        "environment": environment(device),
+        "machine": speeds(device),
         "config": asdict(CONFIG),
-        "seconds": round(time.perf_counter() - started, 1),
-        "left_out": left_out,
-        "rows": rows,
+        "seconds": 0.0,
+        "left_out": [],
+        "rows": [],
     }
+    weight = sum(spec.weight for spec in suite.specs)
+    for spec in suite.specs:
+        if deadline.left() > 0:
+            results["rows"] += measure(spec, device, deadline.part(spec.weight, weight), suite.contenders)
+        else:
+            results["left_out"].append(asdict(spec))
+            print(f"{spec}: left out, {NO_TIME}", file=sys.stderr)
+        weight -= spec.weight
+        results["seconds"] = round(clock() - started, 1)
+        save(results)
+    return results
 
 
-def measure(spec: Spec, device: torch.device) -> list[Row]:
-    """The rows of one spec: one a contender, with times, or with the reason why there are none."""
-    ready: dict[str, Contender] = {}
-    reasons: dict[str, str] = {}
-    makers = CASES[spec.case](spec, device)
-    for name, make in makers.items():
-        try:
-            contender = make()
-            contender.run()  # compiles, and shows what does not run
-            ready[name] = contender
-        except UnavailableError as error:
-            reasons[name] = str(error)
-        except Exception as error:  # a contender that breaks must not take the others' numbers with it
-            reasons[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-    timings = interleaved({name: c.run for name, c in ready.items()}, device, repeats=spec.repeats, warmup=2)
-    rows = []
-    for name in makers:
-        row: Row = {field: getattr(spec, field) for field in KEY[:-1]} | {"contender": name}
-        row |= dict.fromkeys(MEASURED)
-        if name in ready:
-            reasons |= _add_measurements(row, ready[name], timings[name], spec, device)
-        row["reason"] = reasons.get(name)
-        rows.append(row)
-        print(line(row), flush=True)
-    del makers, ready
+def measure(
+    spec: Spec, device: torch.device, deadline: Deadline | None = None, contenders: Collection[str] = ()
+) -> list[Row]:
+    """The rows of one spec: one a contender and mode, with times, or with the reason why there are none.
+
+    Args:
+        spec: what to measure.
+        device: where.
+        deadline: contenders run fewer times where there is less time, but at least once; those for whose one run there
+            is no time left are left out, never the first one.
+        contenders: those that take part; all of the case's where empty.
+    """
+    preparation = _Preparation(spec, device, deadline or Deadline())
+    for name, make in CASES[spec.case](spec, device).items():
+        if not contenders or name in contenders:
+            preparation.add(name, make)
+    rows = [row for index in range(len(spec.modes)) for row in _rows(preparation, index)]
+    del preparation
     free_memory()
     return rows
 
 
-def _add_measurements(
-    row: Row, contender: Contender, timing: Timing, spec: Spec, device: torch.device
-) -> dict[str, str]:
-    """Fill the row in, unless the results are wrong: a wrong contender has no numbers."""
-    try:
-        wrong = contender.wrong(TOLERANCE[spec.precision])
-    except Exception as error:
-        wrong = f"{type(error).__name__}: {error}"
-    if wrong is not None:
-        return {contender.name: f"wrong: {wrong}"}
-    row |= {
+class _Preparation:
+    """Contenders of a spec: made, run once, and checked; in the order of the case, while there is time.
+
+    Attributes:
+        names: all of them.
+        ready: those that can be timed.
+        reasons: why the others cannot.
+        saved: MiB that a run keeps for its backward; under torch.compile it cannot be seen.
+    """
+
+    def __init__(self, spec: Spec, device: torch.device, deadline: Deadline) -> None:
+        self.spec, self.device, self.deadline = spec, device, deadline
+        self.names: list[str] = []
+        self.ready: dict[str, Contender] = {}
+        self.reasons: dict[str, str] = {}
+        self.saved: dict[str, float] = {}
+        self._slowest, self._runs = 0.0, [0.0]  # seconds: of a preparation, and of one run of each that is ready
+
+    def add(self, name: str, make: Callable[[], Contender] | str) -> None:
+        """Prepare one more, or keep the reason why there is none."""
+        self.names.append(name)
+        if isinstance(make, str):
+            self.reasons[name] = make
+            return
+        # For another one as slow as the slowest so far, and then for one turn of all.
+        needed = self._slowest + (sum(self._runs) + max(self._runs)) * len(self.spec.modes)
+        if self.ready and self.deadline.left() < needed:
+            self.reasons[name] = NO_TIME
+            return
+        started = self.deadline.clock()
+        try:
+            contender = make()
+            seconds, found = self._run(contender)
+            wrong = contender.wrong(self.spec, found)
+        except Exception as error:  # a contender that breaks must not take the others' numbers with it
+            self.reasons[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        else:
+            if wrong is None:
+                self.ready[name] = contender
+                self._runs.append(seconds)
+            else:
+                self.reasons[name] = f"wrong: {wrong}"
+            self._slowest = max(self._slowest, self.deadline.clock() - started)
+
+    def _run(self, contender: Contender) -> tuple[float, dict[str, Tensor]]:
+        """Seconds of a run that compiles nothing, and results; what it saves for its backward is counted."""
+        run = contender.work["all"].run
+        found: dict[str, Tensor] = {}
+        if not contender.typical or contender.compiled:
+            found = contender.results()
+            first = run
+        else:
+
+            def first() -> None:
+                found.update(contender.results())
+
+        if contender.compiled:
+            run()
+        started = self.deadline.clock()
+        if contender.compiled or self.spec.case == "evaluation":
+            first()
+        else:
+            self.saved[contender.name] = round(saved_memory(first), 2)
+        synchronize(self.device)
+        return self.deadline.clock() - started, found
+
+
+def _rows(preparation: _Preparation, index: int) -> Iterator[Row]:
+    """The rows of the spec's mode of that index; with them they are printed."""
+    spec, ready, mode = preparation.spec, preparation.ready, preparation.spec.modes[index]
+    works = {name: contender.work[mode] for name, contender in ready.items()}
+    part = preparation.deadline.part(1, len(spec.modes) - index)
+    timings = interleaved(works, preparation.device, repeats=spec.repeats, deadline=part)
+    for name in preparation.names:
+        row: Row = {field: getattr(spec, field) for field in KEY[:-2]} | {"mode": mode, "contender": name}
+        row |= dict.fromkeys(MEASURED) | {"reason": preparation.reasons.get(name)}
+        if name in ready:
+            row |= _time(spec, timings[name], timings.get(COPY))
+            if preparation.device.type == "cuda":
+                row["peak_mib"] = round(peak_memory(works[name]), 1)
+            if spec.case == "operator":
+                row["operations"], row["planned_bytes"] = operator_work(spec, mode)
+            if mode == "all":
+                state = ready[name].state_bytes
+                row["saved_mib"] = preparation.saved.get(name)
+                row["state_mib"] = None if state is None else round(state / MIB, 2)
+        print(line(row), flush=True)
+        yield row
+
+
+def _time(spec: Spec, timing: Timing, copy: Timing | None) -> Row:
+    return {
+        "runs": timing.runs,
         "ms": round(timing.median, 4),
         "low": round(timing.low, 4),
         "high": round(timing.high, 4),
         "images_per_s": round(spec.images / timing.median * 1e3, 2),
-        "saved_mib": None if spec.case == "evaluation" or contender.compiled else round(saved(contender), 2),
-        "peak_mib": round(peak_memory(contender.run, device), 1) if device.type == "cuda" else None,
-        "state_mib": None if contender.state_bytes is None else round(contender.state_bytes / MIB, 2),
+        "of_copy": None if copy is None else round(copy.median / timing.median, 4),
     }
-    return {}
 
 
-def saved(contender: Contender) -> float:
-    """MiB of distinct activations that a run keeps for its backward; the same on every device."""
-    storages: dict[int, int] = {}
-    kept = []  # alive, so that no address comes twice
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-            kept.append(storage)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        contender.run()
-    return sum(storages.values()) / MIB
-
-
-def machine(device: torch.device) -> dict[str, float]:
-    """What the roofline is made of: measured speed of copying and of multiplying matrices, GB/s and TFLOP/s."""
-    gpu = device.type == "cuda"
-    nbytes, size = (2**32, 8192) if gpu else (2**28, 1024)
-    found = {"copy_gb_per_s": round(nbytes / copy_time(nbytes, device).median / 1e6, 1)}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        if name == "bf16" and not gpu:
-            continue
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        timing = interleaved({"product": partial(torch.matmul, a, b)}, device, repeats=10)["product"]
-        found[f"{name}_tflop_per_s"] = round(2 * size**3 / timing.median / 1e9, 3)
-    return found
-
-
-def operator_work(row: Row, width: int) -> tuple[float, float]:
-    """Operations and planned bytes of the operator's forward and backward (kernels' plan; h and out are float32).
-
-    Four products of `2 M D r` operations forward and backward towards x, two more pairs for the weights: `12 M D r`.
-    Bytes: `FORWARD_PASSES` arrays (h, skip, out) and `BACKWARD_PASSES` (h and grad_out twice, grad_x).
-    """
-    elements = VIEWS * row["images"] * row["tokens"] * width
-    skip_bytes = 4 if row["precision"] == "fp32" else 2
-    return 12.0 * elements * CONFIG.bottleneck, elements * (4 * (FORWARD_PASSES - 1 + BACKWARD_PASSES) + skip_bytes)
+def profile(spec: Spec, device: torch.device, times: int = 3) -> None:
+    """Run ours a few times and print what it plans to move, for a profiler to compare its counts with."""
+    make = CASES[spec.case](spec, device)[f"ours, {best_backend(device)}"]
+    assert not isinstance(make, str)  # the best backend is one that can serve
+    contender = make()
+    for _ in range(times):
+        contender.work["all"].run()
+    synchronize(device)
+    print(spec)
+    for mode in ("forward", "backward"):
+        print(f"planned bytes {mode}: {operator_work(spec, mode)[1]}")
 
 
 def line(row: Row) -> str:
     """A row to read while the suite runs."""
-    start = f"{row['case']:11}{row['images']:5} x {row['tokens']:<5}{row['precision']:5}{row['contender']:26}"
+    mode = "" if row["mode"] == "all" else row["mode"]
+    start = f"{row['case']:11}{row['images']:4} x {row['tokens']:<5}{row['precision']:11}{mode:9}{row['contender']:26}"
     if row["ms"] is None:
         return f"{start} not timed: {row['reason']}"
     return f"{start}{row['ms']:10.2f} ms  [{row['low']:.2f}, {row['high']:.2f}]  {row['images_per_s']:10.1f} images/s"
-
-
-def write(results: dict[str, Any], path: Path) -> None:
-    """JSON at `path`, and its rows as CSV beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, (*results["environment"], *KEY, *MEASURED))
-        writer.writeheader()
-        writer.writerows(results["environment"] | row for row in results["rows"])
-
-
-def compare(new: dict[str, Any], old: dict[str, Any]) -> tuple[list[str], bool]:
-    """Lines with ratios new / old for rows that both have, and whether any is slower beyond the spread.
-
-    Slower beyond the spread: the new first quartile is above the old third one. A row that had a time and has none
-    now counts as well.
-
-    Raises:
-        ValueError: the results are of different devices.
-    """
-    devices = [results["environment"]["device"] for results in (new, old)]
-    if devices[0] != devices[1]:
-        raise ValueError(f"the results are of different devices: {devices[0]} and {devices[1]}")
-    before = {tuple(row[field] for field in KEY): row for row in old["rows"]}
-    lines, slower = [], False
-    for row in new["rows"]:
-        past = before.get(tuple(row[field] for field in KEY))
-        if past is None or past["ms"] is None:
-            continue
-        name = " ".join(str(row[field]) for field in KEY)
-        if row["ms"] is None:
-            lines.append(f"{name}: {past['ms']:.3f} ms -> not timed ({row['reason']})")
-            slower = True
-            continue
-        regressed = row["low"] > past["high"]
-        slower |= regressed
-        verdict = "SLOWER" if regressed else "faster" if row["high"] < past["low"] else "within the spread"
-        lines.append(f"{name}: {past['ms']:.3f} -> {row['ms']:.3f} ms, {row['ms'] / past['ms']:.3f}, {verdict}")
-    return lines, slower

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.cases import CASES, TOLERANCE, Makers, Spec, UnavailableError, free_memory
+from benchmarks.cases import CASES, COPY, Makers, free_memory
+from benchmarks.contenders import CONTENDERS
+from benchmarks.spec import Spec
 from benchmarks.suite import SUITES
+from benchmarks.timing import synchronize
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 SPECS = SUITES["gpu" if GPU else "quick"].specs
-NAMES = ("no adapter", "paper", "paper, compiled", "dense", "lora", "ours, reference", "ours, triton", "ours, cuda")
 
 
 @pytest.fixture(scope="module", params=SPECS, ids=lambda s: f"{s.case}-{s.images}x{s.tokens}-{s.precision}")
@@ -23,21 +25,21 @@ def spec_and_makers(request: pytest.FixtureRequest) -> Iterator[tuple[Spec, Make
     free_memory()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [COPY, *CONTENDERS])
 def test_time(benchmark: Any, spec_and_makers: tuple[Spec, Makers], name: str) -> None:
     spec, makers = spec_and_makers
     if name not in makers:
         pytest.skip("not a contender here")
-    try:
-        contender = makers[name]()
-    except UnavailableError as error:
-        pytest.skip(str(error))
-    assert contender.wrong(TOLERANCE[spec.precision]) is None
+    make = makers[name]
+    if isinstance(make, str):
+        pytest.skip(make)
+    contender = make()
+    assert contender.wrong(spec, contender.results()) is None
+    run = contender.work["all"].run
 
-    def run() -> None:
-        contender.run()
-        if GPU:
-            torch.cuda.synchronize()
+    def timed() -> None:
+        run()
+        synchronize(DEVICE)
 
-    benchmark.group = f"{spec.case} {spec.images} x {spec.tokens} {spec.precision}"
-    benchmark.pedantic(run, rounds=spec.repeats, warmup_rounds=2)
+    benchmark.group = str(spec)
+    benchmark.pedantic(timed, rounds=spec.repeats, warmup_rounds=2)

@@ -6,62 +6,100 @@ GPU every run is timed by device events, after a buffer larger than the L2 cache
 
 from __future__ import annotations
 
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 CACHE_BYTES = 256 * 2**20  # more than any L2 cache (an H100's is 50 MB)
+MIB = 2**20
+Clock = Callable[[], float]  # seconds
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """A moment by which something should be done.
+
+    Attributes:
+        at: the clock's time of that moment.
+        clock: the time now, in seconds.
+    """
+
+    at: float = float("inf")
+    clock: Clock = time.perf_counter
+
+    @classmethod
+    def after(cls, seconds: float, clock: Clock = time.perf_counter) -> Deadline:
+        """So many seconds from now."""
+        return cls(clock() + seconds, clock)
+
+    def left(self) -> float:
+        """Seconds from now to the deadline; negative where it has passed."""
+        return self.at - self.clock()
+
+    def part(self, weight: float, of: float) -> Deadline:
+        """An earlier deadline, after `weight / of` of the time that is left."""
+        return Deadline(self.clock() + max(0.0, self.left()) * weight / of, self.clock)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Something to time.
+
+    Attributes:
+        run: what is timed.
+        prepare: what comes, untimed, before each run.
+    """
+
+    run: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Median, first and third quartile, in milliseconds."""
+    """Median, first and third quartile, in milliseconds, of so many runs."""
 
     median: float
     low: float
     high: float
-
-    @property
-    def spread(self) -> float:
-        """Interquartile range as a share of the median."""
-        return (self.high - self.low) / self.median
+    runs: int
 
 
 def interleaved(
-    contenders: dict[str, Callable[[], object]],
+    works: dict[str, Work],
     device: torch.device,
     *,
     repeats: int = 20,
-    warmup: int = 3,
-    prepare: Callable[[str], object] | None = None,
+    warmup: int = 2,
+    deadline: Deadline | None = None,
 ) -> dict[str, Timing]:
-    """Time every contender `repeats` times, taking turns.
+    """Time every work up to `repeats` times, taking turns.
+
+    Fewer times where another turn, as long as the last one, would end after the deadline, but always once. The first
+    turns are a warm-up and do not count: `warmup` of them, or half of the turns where there was time for few.
 
     Args:
-        contenders: name to what is timed.
+        works: by name.
         device: where they run.
         repeats, warmup: timed and untimed turns.
-        prepare: called with the contender's name before each of its runs, untimed.
+        deadline: of all turns together; its clock times the runs on a CPU. None: there is none.
     """
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    deadline = deadline or Deadline()
+    times: dict[str, list[float]] = {name: [] for name in works}
     gpu = device.type == "cuda"
     flush = torch.empty(CACHE_BYTES, dtype=torch.int8, device=device) if gpu else None
-    for turn in range(warmup + repeats):
-        for name, run in contenders.items():
-            if prepare is not None:
-                prepare(name)
+    turns, turn_seconds = 0, 0.0
+    while turns < warmup + repeats and (turns == 0 or turn_seconds <= deadline.left()):
+        started = deadline.clock()
+        for name, work in works.items():
+            work.prepare()
             if flush is not None:
                 flush.zero_()
-            elapsed = _time_on_gpu(run) if gpu else _time_on_cpu(run)
-            if turn >= warmup:
-                times[name].append(elapsed)
-    return {name: summarise(values) for name, values in times.items()}
+            times[name].append(_time_on_gpu(work.run) if gpu else _time_on_cpu(work.run, deadline.clock))
+        turns, turn_seconds = turns + 1, deadline.clock() - started
+    return {name: summarise(values[min(warmup, turns // 2) :]) for name, values in times.items()}
 
 
 def _time_on_gpu(run: Callable[[], object]) -> float:
@@ -75,63 +113,49 @@ def _time_on_gpu(run: Callable[[], object]) -> float:
     return float(start.elapsed_time(end))
 
 
-def _time_on_cpu(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def _time_on_cpu(run: Callable[[], object], clock: Clock) -> float:
+    start = clock()
     run()
-    return (time.perf_counter() - start) * 1e3
+    return (clock() - start) * 1e3
 
 
 def summarise(values: list[float]) -> Timing:
     """Median and quartiles."""
     if len(values) == 1:
-        return Timing(values[0], values[0], values[0])
+        return Timing(values[0], values[0], values[0], 1)
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Timing(median, low, high)
+    return Timing(median, low, high, len(values))
 
 
-def copy_time(nbytes: int, device: torch.device, repeats: int = 20) -> Timing:
-    """Time of copying so that `nbytes` are moved: half of them read, half written."""
-    source = torch.empty(max(1, nbytes // 2), dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    return interleaved({"copy": lambda: target.copy_(source)}, device, repeats=repeats)["copy"]
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
-def peak_memory(run: Callable[[], object], device: torch.device) -> float:
-    """MiB that a run allocates on top of what is allocated before it; nan on a CPU."""
-    if device.type != "cuda":
-        return float("nan")
+def peak_memory(work: Work) -> float:
+    """MiB that a run allocates on the GPU on top of what is allocated before it."""
+    work.prepare()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    run()
+    work.run()
     torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    return (torch.cuda.max_memory_allocated() - before) / MIB
 
 
-def environment(device: torch.device) -> dict[str, str]:
-    """What a result depends on: device, versions, commit."""
-    try:
-        import triton
+def saved_memory(run: Callable[[], object]) -> float:
+    """MiB of distinct activations that a run keeps for its backward; the same on every device."""
+    storages: dict[int, int] = {}
+    kept = []  # alive, so that no address comes twice
 
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = "none"
-    return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine() + " CPU",
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "commit": commit(),
-    }
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            kept.append(storage)
+        return tensor
 
-
-def commit() -> str:
-    """The repository's commit, with a plus where files differ from it."""
-    folder = Path(__file__).parent
-    try:
-        head = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
-        )
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(storages.values()) / MIB

@@ -10,9 +10,10 @@ README = Path(__file__).parent.parent / "README.md"
 
 
 def test_the_table_is_that_of_the_results():
-    from benchmarks.digits import RESULTS, markdown
+    from benchmarks.report import accuracy_table
+    from benchmarks.results import FOLDER
 
-    assert markdown(json.loads(RESULTS.read_text())) in README.read_text()
+    assert accuracy_table(json.loads((FOLDER / "digits.json").read_text())) in README.read_text()
 
 
 def test_the_code_example_runs(tmp_path, monkeypatch):

@@ -42,12 +42,13 @@ def test_a_recipe_counted_by_hand():
     weights = 12 * (2 * 768 + 64 * 768 + 64 + 768 * 64 + 4 * 768) + 200 * 769
     assert (row["trained_weights"], row["reduced_bytes"]) == (weights, 4 * weights)
     # A multiplication with the frozen weights costs 2 operations a weight and token, in forward and in backward; two
-    # views, which share the patch embedding and the first attention. Attention itself, adapters and head come on top.
+    # views, which have the patch embedding and the first attention in common. Attention itself, adapters and head come
+    # on top.
     tokens, frozen = 197, 12 * 12 * 768**2
     least = 2 * 2 * tokens * 2 * (frozen - 4 * 768**2)
     assert least < row["gflop_per_image"] * 1e9 < 1.25 * least
     assert row["cores_per_gpu"] == pytest.approx(row["images_per_second"] * 0.01, abs=0.1)
-    assert all(0 < share < 1 for share in row["efficiency"].values())
+    assert all(0 < fraction < 1 for fraction in row["efficiency"].values())
     assert sorted(row["efficiency"].values(), reverse=True) == list(row["efficiency"].values())
 
 

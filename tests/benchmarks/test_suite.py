@@ -3,24 +3,30 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import __main__, models, report, suite
-from benchmarks.cases import CASES, Contender, Spec, Workbench
+from benchmarks import __main__, cases, contenders, plain, report, results, suite
+from benchmarks.cases import CASES, operator_work
+from benchmarks.contenders import CONTENDERS
+from benchmarks.spec import Spec
+from benchmarks.timing import saved_memory
+from benchmarks.workbench import Workbench
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent.parent
 SMALL = "test_vit"  # timm's smallest
+MODES = ("all", "forward", "backward")
 
 
 def spec(case, precision="fp32", **options):
-    return Spec(case, SMALL, 2, precision, repeats=2, **({"tokens": 9} | options))
+    return Spec(case, SMALL, 2, precision, repeats=3, **({"tokens": 9} | options))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("case", CASES)
 def test_every_case_times_what_runs_here(case, precision):
     rows = {row["contender"]: row for row in suite.measure(spec(case, precision), CPU)}
@@ -35,12 +41,49 @@ def test_every_case_times_what_runs_here(case, precision):
         assert state["no adapter"] < state["ours, reference"] < state["paper"]
 
 
+@pytest.mark.parametrize("case", ["operator", "block"])
+def test_forward_and_backward_can_be_timed_alone(case):
+    rows = suite.measure(spec(case, modes=MODES), CPU, contenders=("copy", "ours, reference"))
+    assert [row["mode"] for row in rows if row["contender"] == "ours, reference"] == list(MODES)
+    assert all(row["ms"] > 0 for row in rows)
+    if case == "operator":
+        work = [(row["operations"], row["planned_bytes"]) for row in rows if row["contender"] == "copy"]
+        assert work[0] == tuple(map(sum, zip(*work[1:], strict=True)))
+        of_copy = {row["contender"]: row["of_copy"] for row in rows}
+        assert of_copy["copy"] == 1
+        assert 0 < of_copy["ours, reference"] < 1
+
+
+def test_each_mode_runs_its_part_and_leaves_no_gradients_to_the_next():
+    bench = Workbench(spec("operator"), CPU, "operator")
+    learner = contenders.ours(bench.setting, "reference")
+    learner.module.train()
+    ran = []
+    for name in ("forward", "backward"):
+        function = getattr(bench, name)
+        setattr(bench, name, lambda *given, name=name, function=function: (ran.append(name), function(*given))[1])
+
+    for mode, prepared, expected in [
+        ("all", [], ["forward", "backward"]),
+        ("forward", [], ["forward"]),
+        ("backward", ["forward"], ["backward"]),
+    ]:
+        work = cases.layer_work(bench, learner)[mode]
+        work.prepare()
+        assert ran == prepared, mode
+        ran.clear()
+        work.run()
+        assert ran == expected, mode
+        ran.clear()
+        assert not any(tensor.grad is not None for batch in bench.batches for tensor in batch.tensors()), mode
+
+
 @pytest.mark.parametrize("level", ["operator", "block", "model"])
 def test_the_papers_way_computes_the_same(level):
     bench = Workbench(spec("step" if level == "model" else level), CPU, level)
-    learner = models.paper(bench.vit, bench.compact, level)
+    learner = contenders.paper(bench.setting)
     learner.module.train()
-    found, expected = bench.results(learner), bench.expected(dropout=False)
+    found, expected = bench.results(learner), bench.expected(learner.mixture, dropout=False)
     assert found.keys() == expected.keys()
     assert {"output", "0.up.weight", "0.up.bias", "0.down.weight", "0.norm.weight"} <= expected.keys()
     for name, truth in expected.items():
@@ -49,7 +92,7 @@ def test_the_papers_way_computes_the_same(level):
 
 
 def test_wrong_results_have_no_time(monkeypatch):
-    monkeypatch.setattr(models.CopiedProjection, "mask_gradients", lambda self: None)
+    monkeypatch.setattr(plain.CopiedProjection, "mask_gradients", lambda self: None)
     rows = {row["contender"]: row for row in suite.measure(spec("operator"), CPU)}
     assert rows["paper"]["ms"] is None
     assert "up.weight is off by" in rows["paper"]["reason"]
@@ -60,10 +103,34 @@ def test_a_contender_that_breaks_does_not_take_the_others_with_it(monkeypatch):
     def broken(*arguments):
         raise MemoryError("too large")
 
-    monkeypatch.setattr(models, "dense", broken)
+    monkeypatch.setitem(CONTENDERS, "dense", replace(CONTENDERS["dense"], make=broken))
     rows = {row["contender"]: row for row in suite.measure(spec("block"), CPU)}
     assert rows["dense"]["reason"] == "MemoryError: too large"
     assert rows["paper"]["ms"] > 0
+
+
+def test_a_new_method_costs_one_function(monkeypatch):
+    def two_experts(setting):
+        return contenders.ours(setting, "reference", config=replace(setting.mixture().mosa_config, experts=2))
+
+    monkeypatch.setitem(CONTENDERS, "two experts", contenders.Entry(two_experts, contenders.ALL_CASES))
+    monkeypatch.setitem(CONTENDERS, "elsewhere", contenders.Entry(two_experts, ("evaluation",)))
+    for case in CASES:
+        rows = {row["contender"]: row for row in suite.measure(spec(case), CPU)}
+        assert rows["two experts"]["ms"] > 0, rows["two experts"]["reason"]
+        assert ("elsewhere" in rows) is (case == "evaluation")
+
+
+def test_the_profiled_run_says_what_it_plans_to_move(command, monkeypatch):
+    monkeypatch.setitem(suite.SUITES, "quick", suite.Suite((spec("evaluation"), spec("operator")), 2))
+    code, output, _ = command(__main__.main, "--quick", "--profile")
+    elements = 2 * 2 * 9 * 64
+    assert code == 0
+    assert output.splitlines()[-3:] == [
+        f"operator {SMALL} 2 x 9 fp32",
+        f"planned bytes forward: {3 * 4 * elements}",
+        f"planned bytes backward: {5 * 4 * elements}",
+    ]
 
 
 def test_lora_learns_on_the_same_backbone():
@@ -80,23 +147,25 @@ def test_saved_counts_every_activation_once():
         y = x.exp()  # keeps y
         ((y * weight) + y * y).sum().backward()  # keep y, which is there, and the parameter, which does not count
 
-    assert suite.saved(Contender("any", run, dict)) == 1.0
+    assert saved_memory(run) == 1.0
 
 
 def test_work_of_the_operator():
-    row = {"images": 3, "tokens": 5, "precision": "bf16"}
-    elements = 2 * 3 * 5 * 16
+    elements = 2 * 3 * 5 * 64  # two views of three images of five tokens, 64 wide
+    work = {mode: operator_work(Spec("operator", SMALL, 3, "bf16-mixed", tokens=5), mode) for mode in MODES}
     # h, out, and five passes of float32 backward; the MLP's output in 16 bits
-    assert suite.operator_work(row, 16) == (12 * elements * 64, elements * (7 * 4 + 2))
+    assert work["all"] == (12 * elements * 64, elements * (7 * 4 + 2))
+    assert work["forward"] == (4 * elements * 64, elements * (2 * 4 + 2))
+    assert work["backward"] == (8 * elements * 64, elements * 5 * 4)
 
 
 def row(contender, ms, low=None, high=None, **more):
-    known = dict(zip(suite.KEY, ("step", SMALL, 2, 9, "fp32", contender), strict=True))
-    quartiles = {"ms": ms, "low": low or ms, "high": high or ms, "images_per_s": 1.0}
-    return dict.fromkeys(suite.MEASURED) | known | quartiles | more
+    known = dict(zip(results.KEY, ("step", SMALL, 2, 9, "fp32", "all", contender), strict=True))
+    quartiles = {"runs": 5, "ms": ms, "low": low or ms, "high": high or ms, "images_per_s": 1.0}
+    return dict.fromkeys(results.MEASURED) | known | quartiles | more
 
 
-def results(*rows, device="chip"):
+def result(*rows, device="chip"):
     environment = {"device": device, "threads": 2, "torch": "2", "triton": "3", "commit": "abc"}
     return {
         "environment": environment,
@@ -113,18 +182,20 @@ def results(*rows, device="chip"):
         (row("dense", 12, 9.9, 13), False),
         (row("dense", 2, 1, 3), False),
         (row("dense", None, reason="wrong") | {"low": None, "high": None}, True),
+        (row("dense", 12, 10.5, 13, runs=2), False),  # a spread of two runs says nothing
+        (row("dense", None, reason=results.NO_TIME) | {"low": None, "high": None}, False),
         (row("another", 99), False),
     ],
 )
 def test_a_regression_is_what_lies_beyond_the_spread(new, slower):
-    lines, regressed = suite.compare(results(new), results(row("dense", 9, 8, 10)))
+    lines, regressed = results.compare(result(new), result(row("dense", 9, 8, 10)))
     assert regressed is slower
-    assert ("SLOWER" in " ".join(lines) or "not timed" in " ".join(lines)) is slower
+    assert ("SLOWER" in " ".join(lines) or "not timed (wrong)" in " ".join(lines)) is slower
 
 
 def test_other_devices_are_not_compared():
     with pytest.raises(ValueError, match="different devices: chip and another"):
-        suite.compare(results(), results(device="another"))
+        results.compare(result(), result(device="another"))
 
 
 def test_taxes():
@@ -141,15 +212,25 @@ def test_taxes():
         "ours, reference": (0.05, 0.02),
         "ours, reference, two views": (0.1, 0.05),
     }
-    text = report.summary(results(*rows))
+    text = report.summary(result(*rows))
     assert "| paper | 220.00 (220.00 to 220.00) | 1.0 | 1.00 | 90 |  | +100.0% | +50.0% |" in text
+
+
+def test_the_operator_is_compared_with_a_copy_and_few_runs_are_said():
+    rows = [row("copy", 2, case="operator", of_copy=1.0), row("ours, cuda", 4, case="operator", of_copy=0.5, runs=1)]
+    text = report.markdown(result(*rows))
+    assert "| ours, cuda | 4.00 (4.00 to 4.00) | 1.0 |  | 0.50 |  |" in text
+    assert "Few runs: 1," in text
 
 
 def test_the_report_is_written(tmp_path, command):
     sizes = [{"images": 2}, {"images": 4}, {"tokens": 18}]
-    operators = [row("ours, reference", 3, case="operator", **size) for size in sizes]
+    work = {"operations": 1e9, "planned_bytes": 10**6}
+    operators = [
+        row(name, 3, case="operator", **size, **work) for size in sizes for name in ("ours, reference", "paper")
+    ]
     path = tmp_path / "suite_chip.json"
-    path.write_text(json.dumps(results(row("paper", 2), row("dense", 1), *operators)))
+    path.write_text(json.dumps(result(row("paper", 2), row("dense", 1), *operators)))
     assert command(report.main, path)[0] == 0
     assert {file.name for file in tmp_path.iterdir()} == {
         path.name,
@@ -160,7 +241,7 @@ def test_the_report_is_written(tmp_path, command):
 
 def test_a_run_writes_its_rows_and_compares_itself(tmp_path, command, monkeypatch):
     monkeypatch.setitem(suite.SUITES, "quick", suite.Suite((spec("operator"), spec("evaluation")), 2))
-    monkeypatch.setattr(suite, "machine", lambda device: {})
+    monkeypatch.setattr(suite, "speeds", lambda device: {})
     path = tmp_path / "new.json"
     arguments = ("--quick", "--cases", "operator", "--out", path)
     assert command(__main__.main, *arguments)[0] == 0
@@ -198,10 +279,10 @@ def test_few_packages_are_needed():
 
 
 def test_reports_and_readme_say_what_the_files_say():
-    files = sorted(report.RESULTS.glob("suite_*.json"))
+    files = sorted(results.FOLDER.glob("suite_*.json"))
     assert files
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for path in files:
-        stored = json.loads(path.read_text())
+        stored = results.read(path)
         assert path.with_suffix(".md").read_text(encoding="utf-8") == report.markdown(stored)
         assert report.summary(stored) in readme
