@@ -44,8 +44,8 @@ setup(
     packages=[*find_packages(include=["mosa_fast", "mosa_fast.*"]), *MAPPED],
     package_dir=MAPPED,
     package_data={
-        "mosa_fast": ["py.typed"],
-        "mosa_fast.assets": ["*.safetensors", "*.npz", "*.log", "*.md"],
+        # assets/ is no package, so that pretrain.py, which made the weights, stays in the repository.
+        "mosa_fast": ["py.typed", *(f"assets/*.{suffix}" for suffix in ("safetensors", "npz", "log", "md"))],
         "mosa_fast.configs": ["*.yaml", "*/*.yaml", "*.md"],
         "mosa_fast.csrc": ["*.cu", "*.cuh", "*.h", "*.cpp"],
     },

@@ -23,7 +23,8 @@ from benchmarks.learner import Batch, Learner
 from benchmarks.models import Setting
 from benchmarks.plain import CopiedAdapter, DenseAdapter, PlainModel
 from benchmarks.spec import CONFIG, VIEWS, Level, Spec
-from mosa_fast.adapters.model import AdaptedModel, adapters, repeat_batch
+from mosa_fast.adapters.model import AdaptedModel, adapters
+from mosa_fast.adapters.placements import repeat_batch
 from mosa_fast.config import MoSAConfig
 from mosa_fast.ops import backend
 from mosa_fast.ops.backends import BACKENDS, unavailable_reason

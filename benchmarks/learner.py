@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks.models import Inputs
 from benchmarks.plain import CopiedAdapter, gradient
 from benchmarks.spec import VIEWS, Level
-from mosa_fast.adapters.model import AdaptedModel, repeat_batch
+from mosa_fast.adapters.model import AdaptedModel
 from mosa_fast.nn import SparseAdapter
 
 
@@ -35,7 +35,7 @@ class Batch:
 
     def repeated(self) -> Inputs:
         """Both views in one batch from their beginning."""
-        return repeat_batch(self.joined, VIEWS) if self.level == "model" else self.joined
+        return tuple(x.repeat(VIEWS, 1, 1, 1) for x in self.joined) if self.level == "model" else self.joined
 
     def tensors(self) -> list[Tensor]:
         """Whatever may have got a gradient."""

@@ -83,6 +83,7 @@ class DenseAdapter(nn.Module):
     def __init__(self, compact: SparseAdapter) -> None:
         """Weights of the compact adapter's shapes."""
         super().__init__()
+        assert compact.norm is not None
         self.norm = _Norm(compact.norm)
         self.down = _Linear(compact.down.weight, compact.down.bias_rows()[0])
         self.up = self.make_up(compact.up)

@@ -32,15 +32,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.machine import environment
 from benchmarks.results import FOLDER, markdown_table
 from benchmarks.timing import Work, interleaved
+from mosa_fast.command_line import parse
 from mosa_fast.config import TrainConfig
 from mosa_fast.data import make_transforms
 from mosa_fast.data.fgvc import MULTITASK_CLASSES, SETS
 from mosa_fast.data.gicd import TASKS as GICD
 from mosa_fast.data.transforms import IMAGENET
 from mosa_fast.data.vtab import TASKS as VTAB
+from mosa_fast.methods import METHODS
 from mosa_fast.recipes import packaged
-from mosa_fast.train import parse
-from mosa_fast.training.model import build_model, forward
+from mosa_fast.training.model import build_model
 
 RESULTS = FOLDER / "scaling.json"
 WORLDS = (8, 64, 512, 4096)
@@ -99,7 +100,9 @@ def step_operations(config: TrainConfig, classes: int) -> tuple[int, int, int]:
         FlopCounterMode(display=False) as counter,
     ):
         model.to_empty(device="cpu")
-        logits = forward(model, torch.empty(batch, 3, side, side), config.loss.views, torch.zeros(1, dtype=torch.int64))
+        images = torch.empty(batch, 3, side, side)
+        routing = {"views": config.loss.views, "seed": torch.zeros(1, dtype=torch.int64)}
+        logits = model(images, **routing) if METHODS[config.method].has_adapters else model(images)
         ahead = counter.get_total_flops()
         logits.sum().backward()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

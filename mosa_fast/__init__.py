@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mosa_fast.adapters.adapter_file import load_adapter, save_adapter
-    from mosa_fast.adapters.fold import merge
+    from mosa_fast.adapters.fold import fold, merge
     from mosa_fast.adapters.model import adapt
+    from mosa_fast.adapters.summary import summary
     from mosa_fast.config import MoSAConfig
     from mosa_fast.nn.sparse_adapter import SparseAdapter
     from mosa_fast.ops.backends import backend, set_backend
@@ -20,9 +21,11 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "adapt": "mosa_fast.adapters.model",
+    "fold": "mosa_fast.adapters.fold",
     "merge": "mosa_fast.adapters.fold",
     "load_adapter": "mosa_fast.adapters.adapter_file",
     "save_adapter": "mosa_fast.adapters.adapter_file",
+    "summary": "mosa_fast.adapters.summary",
     "MoSAConfig": "mosa_fast.config",
     "SparseAdapter": "mosa_fast.nn.sparse_adapter",
     "backend": "mosa_fast.ops.backends",
@@ -33,10 +36,12 @@ __all__ = [
     "SparseAdapter",
     "adapt",
     "backend",
+    "fold",
     "load_adapter",
     "merge",
     "save_adapter",
     "set_backend",
+    "summary",
 ]
 
 

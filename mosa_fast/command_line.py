@@ -1,4 +1,8 @@
-"""What the command lines share: a user's mistake is one clear line on standard error and exit code 2."""
+"""From the words of a command line to a `TrainConfig`; a user's mistake is one clear line and exit code 2.
+
+Every command line that takes the options of a run, or the folder of one, reads them here. Nothing of training is
+imported, so that anything may use it.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,16 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
 
-if TYPE_CHECKING:
-    from mosa_fast.config import TrainConfig
+from mosa_fast.config import TrainConfig
+from mosa_fast.options import facts_of
+from mosa_fast.recipes import ActionRecipe, packaged
+from mosa_fast.run_folder import RunFolder
+
+DEFAULT_RECIPE = "digits.yaml"  # where neither a recipe nor other data are named
 
 
 class Parser(ArgumentParser):
@@ -43,18 +50,65 @@ class Parser(ArgumentParser):
         return f"; did you mean {near[0]}?" if near else ""
 
 
+def make_parser() -> Parser:
+    """All options of a run, from the dataclasses' fields, their docstrings and their facts."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = Parser(prog="python -m mosa_fast.train", description="Fine-tune a frozen ViT with MoSA adapters.")
+    parser.add_argument("--config", action=ActionRecipe, help="YAML recipe, or its name as in fgvc/cub; later ones win")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="Go on from the last checkpoint in OUT; start anew where there is none, end at once where the run is done",
+    )
+    parser.add_class_arguments(TrainConfig, nested_key=None)
+    facts = facts_of(TrainConfig)
+    for action in parser._actions:
+        if action.dest in facts:
+            action.help = f"{action.help} {facts[action.dest].help}".strip()
+    return parser
+
+
+def parse(arguments: list[str]) -> tuple[TrainConfig, bool]:
+    """The run that a command line describes, and whether to resume it.
+
+    Where it names neither a recipe nor other data, the recipe is the embedded default's.
+
+    Raises:
+        ValueError: a value is out of range.
+        SystemExit: an option does not exist or cannot be parsed.
+    """
+    parser = make_parser()
+    parsed = parser.parse_args(arguments)
+    if not parsed.config and parsed.data.name == "digits":
+        parsed = parser.parse_args(["--config", str(packaged() / DEFAULT_RECIPE), *arguments])
+    values = parser.instantiate(parsed).as_dict()
+    resume = values.pop("resume")
+    values.pop("config")
+    return TrainConfig(**values), resume
+
+
+def read_run(folder: RunFolder) -> tuple[TrainConfig, list[str]]:
+    """The configuration and the class names of a run.
+
+    Raises:
+        ValueError: it is not the folder of a run, or its files cannot be read.
+    """
+    for file in (folder.config, folder.classes):
+        if not file.is_file():
+            raise ValueError(f"{folder} is not the folder of a run: it has no {file.name}")
+    parser = make_parser()
+    values = parser.instantiate(parser.parse_path(str(folder.config))).as_dict()
+    values = {key: values[key] for key in TrainConfig.__dataclass_fields__}
+    return TrainConfig(**values), folder.read_classes()
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn what a user can cause into one line and exit code 2, and an interruption into 128 + the signal."""
-    from mosa_fast.training.signals import Interrupted
-
+    """Turn what a user can cause into one line and exit code 2."""
     try:
         yield
     except (ValueError, OSError) as error:
         fail(describe(error))
-    except Interrupted as error:
-        print(error, file=sys.stderr, flush=True)
-        leave(128 + error.signal)
     except KeyboardInterrupt:
         print("stopped before there was anything to save", file=sys.stderr)
         leave(130)
@@ -77,23 +131,3 @@ def fail(message: str) -> NoReturn:
 def leave(code: int) -> NoReturn:
     """Exit with a code."""
     raise SystemExit(code)
-
-
-def run_config(run: Path) -> tuple[TrainConfig, list[str]]:
-    """The configuration and the class names of a run's folder.
-
-    Raises:
-        ValueError: it is not the folder of a run, or its files cannot be read.
-    """
-    import json
-
-    from mosa_fast.config import TrainConfig
-    from mosa_fast.train import make_parser
-
-    for name in ("config.yaml", "classes.json"):
-        if not (run / name).is_file():
-            raise ValueError(f"{run} is not the folder of a run: it has no {name}")
-    parser = make_parser()
-    values = parser.instantiate(parser.parse_path(str(run / "config.yaml"))).as_dict()
-    values = {key: values[key] for key in TrainConfig.__dataclass_fields__}
-    return TrainConfig(**values), json.loads((run / "classes.json").read_text(encoding="utf-8"))

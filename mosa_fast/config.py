@@ -3,38 +3,45 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
-from math import inf
-from typing import Any, Literal, get_args
+from typing import Any, Literal
+
+from mosa_fast.methods import MEANINGS, METHODS, MethodName
+from mosa_fast.options import check_fields, check_value, facts_of, option
 
 MAX_EXPERTS = 255  # ids are uint8
 
 Share = Literal["down", "up", "none"]
 BiasMode = Literal["per_expert", "split"]
 MergeRule = Literal["mean", "joint"]
-Placement = Literal["adaptformer"]
+Placement = Literal["adaptformer", "pfeiffer", "houlsby"]
+Activation = Literal["auto", "gelu", "relu", "silu"]
+Family = Literal["digits", "folder", "fgvc", "vtab", "gicd"]
 Precision = Literal["fp32", "bf16-mixed", "fp16-mixed", "bf16-true"]
 
 
 @dataclass(frozen=True)
 class MoSAConfig:
-    """The adapters of a model (METHOD: Placements, Weights and gradients, Merge).
+    """The adapters of a model (docs/method.md, Placements, Weights and gradients, Merge).
 
     Raises:
         ValueError: a value is out of range; the message names the field.
     """
 
-    bottleneck: int = 64
+    bottleneck: int = option(64, low=1)
     """Width r of the adapters."""
-    experts: int = 4
-    """Number of experts E that a split projection is divided among, 1 to 255. 1: a dense adapter."""
+    experts: int = option(4, low=1, high=MAX_EXPERTS)
+    """Number of experts E that a split projection is divided among. 1: a dense adapter."""
     share: Share = "down"
     """The projection that is NOT split: down (dense down, split up), up, or none (both split)."""
     placement: Placement = "adaptformer"
-    """Where adapters sit. adaptformer: parallel to the MLP."""
+    """Where adapters sit. adaptformer: parallel to the MLP; pfeiffer: on the MLP's output; houlsby: on the residual
+    stream, after the attention and after the MLP."""
+    activation: Activation = "auto"
+    """Of the bottleneck; auto: the placement's (adaptformer gelu, pfeiffer relu, houlsby silu). gelu is exact."""
     scale: float | Literal["auto", "trainable"] = "auto"
-    """Factor on the adapter's output; auto: the placement's (adaptformer 0.1); trainable: learned, from 1.0."""
-    dropout: float | Literal["auto"] = "auto"
-    """Probability of dropping a hidden activation; auto: the placement's (adaptformer 0.1)."""
+    """Factor on an adapter's output; auto: the placement's (adaptformer 0.1, others 1); trainable: learned from 1.0."""
+    dropout: float | Literal["auto"] = option("auto", low=0.0, below=1.0)
+    """Probability of dropping a hidden activation; auto: the placement's (adaptformer 0.1, others 0)."""
     bias: BiasMode = "per_expert"
     """per_expert: every expert has its own bias vector; split: the elements of one vector have owners."""
     merge: MergeRule = "mean"
@@ -43,17 +50,7 @@ class MoSAConfig:
     """Seed of the owner maps and the initial weights."""
 
     def __post_init__(self) -> None:
-        if self.bottleneck < 1:
-            raise ValueError(f"bottleneck must be at least 1, got {self.bottleneck}")
-        check_experts(self.experts)
-        for name, choices in (("share", Share), ("bias", BiasMode), ("merge", MergeRule), ("placement", Placement)):
-            check_choice(name, getattr(self, name), get_args(choices))
-        if isinstance(self.scale, str):
-            check_choice("scale", self.scale, ("auto", "trainable"))
-        if isinstance(self.dropout, str):
-            check_choice("dropout", self.dropout, ("auto",))
-        elif not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        check_fields(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON can hold them."""
@@ -76,31 +73,34 @@ class MoSAConfig:
 class DataConfig:
     """The images."""
 
-    name: str = "digits"
+    name: Family = "digits"
     """digits: the embedded 8x8 handwritten digits; folder: ROOT/{train,val,test}/<class>/*.jpg; fgvc: one of the five
     fine-grained sets, or all; vtab: a task of VTAB-1k; gicd: CIFAR-100, Aircraft or Food-101 through torchvision."""
-    task: str | None = None
+    task: str | None = option(None, families=("fgvc", "vtab", "gicd"))
     """Data set of the family. fgvc: cub, nabirds, flowers, dogs, cars, multitask; vtab: its 19 tasks; gicd: cifar100,
     aircraft, food101."""
-    root: str | None = None
+    root: str | None = option(None, free=True)
     """Folder of the data set (vtab: of all tasks); digits needs none."""
-    download: bool = False
-    """gicd only: fetch what is missing."""
-    mode: Literal["tune", "final"] = "tune"
-    """vtab and gicd. tune: validation images choose the epoch; final: they are trained on too, so that there is nothing
-    to choose with and the last epoch is reported."""
-    fraction: float | None = None
-    """fgvc only: train on train_<fraction>.json, as in train_0.1.json. None: on train.json."""
-    normalisation: Literal["imagenet", "backbone"] = "imagenet"
+    download: bool = option(False, families=("gicd",))
+    """Fetch what is missing."""
+    mode: Literal["tune", "final"] = option("tune", families=("vtab", "gicd"))
+    """tune: validation images choose the epoch; final: they are trained on too, so that there is nothing to choose with
+    and the last epoch is reported."""
+    fraction: float | None = option(None, above=0.0, high=1.0, families=("fgvc",))
+    """Train on train_<fraction>.json, as in train_0.1.json. None: on train.json."""
+    normalisation: Literal["imagenet", "backbone"] = option("imagenet", families=("folder", "fgvc", "vtab", "gicd"))
     """Mean and standard deviation of images from files: ImageNet's, as in the paper, or the backbone's own."""
-    shots: int | None = 50
-    """digits only: training images per class, at most 74. None: all of them."""
-    image_size: int | None = None
+    shots: int | None = option(50, low=1, families=("digits",))
+    """Training images per class, at most 74. None: all of them."""
+    image_size: int | None = option(None, low=1)
     """Side of the square images in pixels. None: what the backbone expects."""
-    workers: int = 2
+    workers: int = option(2, low=0, free=True)
     """Processes that load images (none for digits)."""
-    val_fraction: float = 0.1
+    val_fraction: float = option(0.1, above=0.0, below=1.0, families=("folder", "gicd"))
     """Part of the training images, cut class by class with the run's seed, where no validation images are given."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "data.")
 
 
 @dataclass
@@ -108,7 +108,8 @@ class ModelConfig:
     """The frozen backbone and its head."""
 
     name: str = "embedded"
-    """A timm VisionTransformer, or embedded: the small ViT that travels in the package."""
+    """A timm model, or embedded: the small ViT that travels in the package. Adapters need one of timm's vision
+    transformers."""
     pretrained: bool = True
     """Load pretrained weights: those of `checkpoint`; without one, timm downloads its own, the embedded are shipped."""
     checkpoint: str | None = None
@@ -117,10 +118,13 @@ class ModelConfig:
     """What the MD5 digest of the checkpoint begins with; another file is refused. None: any file."""
     head_init: Literal["timm", "published"] = "timm"
     """Initial head. published: Kaiming-normal fan-out weights, bias -ln 99; timm: as timm makes it."""
-    backbone_dropout: float = 0.0
+    backbone_dropout: float = option(0.0, low=0.0, below=1.0)
     """Dropout on the embeddings and twice in each MLP of the frozen backbone (the paper's ViT recipes: 0.1)."""
-    drop_path: float = 0.0
+    drop_path: float = option(0.0, low=0.0, below=1.0)
     """Rate of stochastic depth in the frozen backbone."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "model.")
 
 
 @dataclass
@@ -129,46 +133,56 @@ class OptimConfig:
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """adamw: betas 0.9 and 0.999, eps 1e-6; sgd: momentum 0.9 (the paper's linear probes)."""
-    lr: float = 1e-3
+    lr: float = option(1e-3, low=0.0)
     """Peak learning rate."""
-    weight_decay: float = 0.01
+    weight_decay: float = option(0.01, low=0.0)
     """Weight decay, on everything but biases."""
-    epochs: int = 100
+    epochs: int = option(100, low=1)
     """Passes over the training images."""
-    warmup_epochs: float = 10.0
+    warmup_epochs: float = option(10.0, low=0.0)
     """Epochs of linear warm-up."""
-    batch_size: int = 128
+    batch_size: int = option(128, low=1)
     """Images per step and process (every view of an image counts as the same image)."""
-    accumulate: int = 1
+    accumulate: int = option(1, low=1)
     """Work through each step's batch in so many parts: the same result with less memory."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "optim.")
 
 
 @dataclass
 class LossConfig:
-    """The two-view loss (METHOD: Loss)."""
+    """The two-view loss (docs/method.md, Loss)."""
 
     views: Literal[1, 2] = 2
-    """Stochastic forward passes of each batch: 2 as in the paper, or 1, which has no consistency terms."""
-    add_weight: float = 0.0
+    """Stochastic forward passes of each batch: 2 as in the paper, or 1, which has no consistency terms. Most methods
+    fix it."""
+    add_weight: float = option(0.0, low=0.0)
     """Weight of the second view's cross-entropy."""
-    reg_weight: float = 1.0
+    reg_weight: float = option(1.0, low=0.0)
     """Weight of the symmetric KL divergence between the views."""
     deep_reg: bool = False
     """Also pull the two views' outputs of the first six blocks together."""
     class_weights: Literal["none", "inverse", "inverse_sqrt"] = "none"
     """Weights of the classes in the cross-entropy, from the training counts, scaled to sum to their number."""
 
+    def __post_init__(self) -> None:
+        check_fields(self, "loss.")
+
 
 @dataclass
 class LoaderConfig:
     """Reading the images."""
 
-    cache: bool = False
+    cache: bool = option(False, free=True)
     """Decode the training and validation images once and keep them in memory, shared by all workers (height x width
     x 3 bytes an image): for small data sets whose decoding is slower than the steps."""
     corrupt: Literal["fatal", "skip"] = "fatal"
     """An image that cannot be read. fatal: stop and name it. skip: open every image before training, name those that
     cannot be read and leave them out."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "loader.")
 
 
 @dataclass
@@ -177,19 +191,18 @@ class TrainConfig:
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    method: Literal["mosa", "linear", "full", "scratch"] = "mosa"
-    """What is trained. mosa: adapters and head (a dense adapter with adapter.experts 1); linear: the head; full: all
-    weights, from the pretrained ones; scratch: all weights, from random ones."""
+    method: MethodName = option("mosa", note=MEANINGS)  # noqa: RUF009  # a field, whatever its type is called
+    """What is trained."""
     adapter: MoSAConfig = field(default_factory=MoSAConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    seed: int = 3407
+    seed: int = option(3407, low=0)
     """Seed of everything random but the adapters' owner maps and initial weights (adapter.seed)."""
-    out: str = "runs/default"
+    out: str = option("runs/default", free=True)
     """Folder that the run writes its files to."""
-    device: str = "auto"
+    device: str = option("auto", free=True)
     """cpu, cuda, cuda:1 and so on; auto: a GPU where there is one."""
-    eval_every: int = 1
+    eval_every: int = option(1, low=1)
     """Validate after every so many epochs, and after the last."""
     test: bool = True
     """Evaluate the test images, once, at the end; false leaves them unread, as in a search."""
@@ -197,74 +210,38 @@ class TrainConfig:
     precision: Precision = "fp32"
     """Arithmetic. Trained weights and AdamW's state are float32 in all of them. bf16-mixed, fp16-mixed: products in
     half precision, the residual stream in float32; bf16-true: the frozen backbone and the stream in bfloat16."""
-    compile: bool = False
+    compile: bool = option(False, free=True)
     """Compile the forward and backward pass with torch.compile (takes a minute or so at the start)."""
-    cuda_graphs: bool = False
+    cuda_graphs: bool = option(False, free=True)
     """Capture the whole step in a CUDA graph: for steps so short that launching their kernels takes longer than the
     kernels. One GPU."""
     grad_checkpointing: bool = False
     """Recompute each block in the backward pass in place of keeping its activations: slower, with much less memory."""
-    patience: int | None = None
+    patience: int | None = option(None, low=1)
     """Stop after so many validations in a row without a better one. None: train all epochs."""
-    max_bad_steps: int = 10
+    max_bad_steps: int = option(10, low=1)
     """A step whose gradients are not finite changes nothing; stop after so many of them in a row."""
-    checkpoint_every: int = 1
+    checkpoint_every: int = option(1, low=1, free=True)
     """Save a checkpoint to resume from after every so many epochs, and after the last."""
-    checkpoint_steps: int | None = None
+    checkpoint_steps: int | None = option(None, low=1, free=True)
     """Save one after every so many steps too, for long epochs. None: only between epochs."""
-    log_every: int = 20
+    log_every: int = option(20, low=1, free=True)
     """Read losses and accuracies from the device, and show them, every so many steps."""
-    tensorboard: bool = True
+    tensorboard: bool = option(True, free=True)
     """Write TensorBoard files to OUT/tensorboard, if the package tensorboard is installed."""
-    wandb: str | None = None
+    wandb: str | None = option(None, free=True)
     """Project of Weights & Biases to log to; needs the package wandb. None: do not."""
 
     def __post_init__(self) -> None:
-        for name, value, low in (
-            ("optim.lr", self.optim.lr, 0.0),
-            ("optim.weight_decay", self.optim.weight_decay, 0.0),
-            ("optim.epochs", self.optim.epochs, 1),
-            ("optim.warmup_epochs", self.optim.warmup_epochs, 0.0),
-            ("optim.batch_size", self.optim.batch_size, 1),
-            ("optim.accumulate", self.optim.accumulate, 1),
-            ("seed", self.seed, 0),
-            ("eval_every", self.eval_every, 1),
-            ("patience", self.patience, 1),
-            ("max_bad_steps", self.max_bad_steps, 1),
-            ("checkpoint_every", self.checkpoint_every, 1),
-            ("checkpoint_steps", self.checkpoint_steps, 1),
-            ("log_every", self.log_every, 1),
-            ("data.workers", self.data.workers, 0),
-            ("data.image_size", self.data.image_size or 1, 1),
-        ):
-            if value is not None and not low <= value < inf:
-                raise ValueError(f"{name} must be at least {low}, got {value}")
-        if not 0.0 < self.data.val_fraction < 1.0:
-            raise ValueError(f"data.val_fraction must be between 0 and 1, got {self.data.val_fraction}")
-        for name, choice, choices in (
-            ("method", self.method, ("mosa", "linear", "full", "scratch")),
-            ("precision", self.precision, get_args(Precision)),
-            ("loss.views", self.loss.views, (1, 2)),
-            ("loader.corrupt", self.loader.corrupt, ("fatal", "skip")),
-        ):
-            check_choice(name, choice, choices)
-        if self.precision == "bf16-true" and self.method in ("full", "scratch"):
+        check_fields(self)
+        if self.precision == "bf16-true" and not METHODS[self.method].freezes_backbone:
             raise ValueError(f"precision bf16-true needs a frozen backbone; use bf16-mixed with method {self.method}")
         if self.precision == "fp16-mixed" and self.cuda_graphs:
             raise ValueError("cuda_graphs works with fp32, bf16-mixed and bf16-true, not with fp16-mixed")
         if self.optim.optimizer == "sgd" and self.cuda_graphs:
             raise ValueError("cuda_graphs needs optim.optimizer adamw")
-        if self.data.fraction is not None and not 0.0 < self.data.fraction <= 1.0:
-            raise ValueError(f"data.fraction must be above 0 and at most 1, got {self.data.fraction}")
-
-
-def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Raise ValueError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
 def check_experts(experts: int) -> None:
-    """Raise ValueError unless 1 <= experts <= 255."""
-    if not 1 <= experts <= MAX_EXPERTS:
-        raise ValueError(f"experts must be 1 to {MAX_EXPERTS}, got {experts}")
+    """Raise ValueError unless a number of experts is in the range that `MoSAConfig` allows."""
+    check_value("experts", experts, int, facts_of(MoSAConfig)["experts"])

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 from torch import Tensor
 
-from mosa_fast.command_line import one_line_errors, run_config
+from mosa_fast.command_line import one_line_errors, read_run
 from mosa_fast.config import TrainConfig
+from mosa_fast.run_folder import RunFolder
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Print a line for each image: its name, then classes with their probabilities."""
     parser = argparse.ArgumentParser(prog="python -m mosa_fast.predict", description=__doc__.split(": ")[-1])
-    parser.add_argument("--run", type=Path, required=True, help="folder of a finished run (its --out)")
+    parser.add_argument("--run", type=RunFolder, required=True, help="folder of a finished run (its --out)")
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="image files")
     parser.add_argument("--top", type=int, default=5, help="classes to print for each image (default: 5)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 and so on (default: as in the run)")
@@ -23,14 +23,14 @@ def main(arguments: list[str] | None = None) -> None:
     with one_line_errors():
         if options.top < 1:
             raise ValueError(f"--top must be at least 1, got {options.top}")
-        config, classes = run_config(options.run)
+        config, classes = read_run(options.run)
         config.device = options.device or config.device
         for image, ranking in predict(options.run, config, classes, options.images, options.top):
             print(f"{image}  " + "  ".join(f"{name} {100 * p:.1f}%" for name, p in ranking))
 
 
 def predict(
-    run: Path, config: TrainConfig, classes: list[str], images: list[str], top: int
+    folder: RunFolder, config: TrainConfig, classes: list[str], images: list[str], top: int
 ) -> list[tuple[str, list[tuple[str, float]]]]:
     """For each image file its most probable classes and their probabilities, best first.
 
@@ -41,13 +41,13 @@ def predict(
     from PIL import Image
 
     from mosa_fast.data.loading import UNREADABLE
-    from mosa_fast.evaluate import load_run_model
     from mosa_fast.training.distributed import pick_device
+    from mosa_fast.training.finished_run import load_run_model
     from mosa_fast.training.precision import autocast, input_dtype
 
     device = pick_device(config.device)
     transform = evaluation_transform(config)
-    model = load_run_model(run, config, classes).to(device)
+    model = load_run_model(folder, config, classes).to(device)
     results = []
     for path in images:
         try:
@@ -69,7 +69,7 @@ def evaluation_transform(config: TrainConfig) -> Callable[..., Tensor]:
     from torchvision.transforms import InterpolationMode, v2
 
     from mosa_fast.data import make_transforms
-    from mosa_fast.training.data import channel_statistics_of
+    from mosa_fast.training.run_data import channel_statistics_of
 
     size = config.data.image_size
     assert size is not None

@@ -1,8 +1,10 @@
 """Recipes: YAML files composed from shared bases, found by path or, in the installed package, by name.
 
 base: [../base/paper.yaml, ../backbones/vit_b16_in21k.yaml]   # relative to this file; later ones win
+grid:                             # for `mosa_fast.sweep --grid`; a single run takes no notice of it
+optim.lr: [2.0e-4, 5.0e-4]
 optim:
-lr: 5.0e-4                                                  # what the file itself says wins over its bases
+lr: 5.0e-4                      # what the file itself says wins over its bases
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, get_loader
 
-BASE = "base"
+BASE = "base"  # the key that names a recipe's bases
+GRID = "grid"  # the key of the values that a sweep tries on validation
 
 
 def packaged() -> Path:
@@ -40,12 +43,26 @@ def find_recipe(name: str | Path) -> Path:
 
 
 def load_recipe(name: str | Path) -> dict[str, Any]:
-    """One mapping from a recipe and all its bases.
+    """The options of a run, one mapping from a recipe and all its bases.
 
     Raises:
         ValueError: a file is missing, is not a YAML mapping, or includes itself.
     """
-    return _load(find_recipe(name), ())
+    recipe = _load(find_recipe(name), ())
+    recipe.pop(GRID, None)
+    return recipe
+
+
+def load_grid(name: str | Path) -> dict[str, list[Any]]:
+    """The values that a sweep of a recipe tries, by option; empty where it names none.
+
+    Raises:
+        ValueError: as `load_recipe`; or the grid is not a mapping of options to lists of values.
+    """
+    grid = _load(find_recipe(name), ()).get(GRID) or {}
+    if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
+        raise ValueError(f"{name}: {GRID} must be like {{optim.lr: [1.0e-3, 5.0e-3]}}, got {grid!r}")
+    return grid
 
 
 def _load(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:

@@ -71,45 +71,96 @@ class OracleAdapter(nn.Module):
         self.norm = copy.deepcopy(adapter.norm)
         self.down, self.up = OracleProjection(adapter.down), OracleProjection(adapter.up)
         self.scale = copy.deepcopy(adapter.scale)
+        self.activation = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}[adapter.activation]
+
+    def normed(self, x):
+        return x if self.norm is None else self.norm(x)
 
     def forward(self, x, expert_pair):
         down_expert, up_expert = expert_pair
-        hidden = F.gelu(self.down(self.norm(x), down_expert))
+        hidden = self.activation(self.down(self.normed(x), down_expert))
         return self.scale * self.up(hidden, up_expert)
 
     def forward_merged(self, x, rule="mean"):
-        hidden = F.gelu(F.linear(self.norm(x), *self.down.merged(rule)))
+        hidden = self.activation(F.linear(self.normed(x), *self.down.merged(rule)))
         return self.scale * F.linear(hidden, *self.up.merged(rule))
 
 
-class OracleViT(nn.Module):
-    """A plain timm ViT beside a list of oracle adapters (no dropout)."""
+# Blocks that normalise the output of the MLP, and those whose adaptformer adapter sits inside the MLP.
+POST_NORM = (
+    "ResPostBlock",
+    "ResPostRelPosBlock",
+    "EvaBlockPostNorm",
+    "SwinTransformerV2Block",
+    "SwinTransformerV2CrBlock",
+)
+INSIDE = (*POST_NORM, "SwinTransformerBlock")
 
-    def __init__(self, plain, adapted):
+
+class OracleModel(nn.Module):
+    """A plain timm model with oracle adapters (no dropout), put in by hooks around timm's own blocks.
+
+    Nothing of the package's way of taking blocks apart is used: h is what norm2 is given (the MLP, where norm2 comes
+    after it), and a block's output less h is the MLP's branch.
+    """
+
+    def __init__(self, plain, blocks, placement, adapters):
+        """blocks: names of those that have adapters; adapters: all of the adapted model, in order."""
         super().__init__()
         self.backbone = copy.deepcopy(plain).requires_grad_(False)
-        self.backbone.head = copy.deepcopy(adapted.head)
-        self.adapters = nn.ModuleList(OracleAdapter(block.adapter) for block in adapted.blocks)
+        heads = self.backbone.get_classifier()
+        for head in heads if isinstance(heads, tuple) else (heads,):
+            head.requires_grad_(True)
+        self.adapters = nn.ModuleList(OracleAdapter(adapter) for adapter in adapters)
+        self.route = lambda index, x: self.adapters[index](x, self.experts[index])
+        count = 2 if placement == "houlsby" else 1
+        for number, name in enumerate(blocks):
+            self._hook(self.backbone.get_submodule(name), placement, number * count)
 
-    def _forward(self, images, adapter_output):
-        vit = self.backbone
-        x = vit._pos_embed(vit.patch_embed(images))
-        for index, block in enumerate(vit.blocks):
-            h = x + block.ls1(block.attn(block.norm1(x)))
-            x = h + block.ls2(block.mlp(block.norm2(h))) + adapter_output(index, h)
-        return vit.forward_head(vit.norm(x))
+    def _hook(self, block, placement, first):
+        state = {}
+
+        def before_mlp_branch(_module, args):
+            state["h"] = state["sum"] = args[0]
+            if placement == "houlsby":
+                state["sum"] = args[0] + self.route(first, args[0])
+            return (state["sum"],)
+
+        def before_mlp(_module, args):
+            state["n"] = args[0]
+
+        def changed(total):
+            # Swin's MLP and SAM's are given the tokens of an image in one row.
+            h, n, first_sum = (state[key].reshape(total.shape) for key in ("h", "n", "sum"))
+            if placement == "pfeiffer":
+                return total + self.route(first, total - h)
+            if placement == "houlsby":
+                total = total - h + first_sum
+                return total + self.route(first + 1, total)
+            return total + self.route(first, n if type(block).__name__ in INSIDE else h)
+
+        post_norm = type(block).__name__ in POST_NORM
+        (block.mlp if post_norm else block.norm2).register_forward_pre_hook(before_mlp_branch)
+        block.mlp.register_forward_pre_hook(before_mlp)
+        if type(block).__name__ == "SwinTransformerV2CrBlock":  # norm3 is applied to the sum
+            block.norm3.register_forward_pre_hook(lambda _module, args: (changed(args[0]),))
+        else:
+            block.register_forward_hook(lambda _module, _args, out: changed(out))
 
     def forward(self, images, experts):
-        """One separate pass for each view of experts [blocks, V, 2]; logits view after view."""
-        views = experts.tolist()
-        passes = [
-            self._forward(images, lambda index, h, v=view: self.adapters[index](h, views[index][v]))
-            for view in range(experts.shape[1])
-        ]
+        """One separate pass for each view of experts [adapters, V, 2]; logits view after view."""
+        passes = []
+        for view in range(experts.shape[1]):
+            self.experts = experts[:, view].tolist()
+            passes.append(self.backbone(images))
         return torch.cat(passes)
 
     def forward_merged(self, images, rule="mean"):
-        return self._forward(images, lambda index, h: self.adapters[index].forward_merged(h, rule))
+        routed, self.route = self.route, lambda index, x: self.adapters[index].forward_merged(x, rule)
+        try:
+            return self.backbone(images)
+        finally:
+            self.route = routed
 
     def mask_gradients(self):
         for adapter in self.adapters:

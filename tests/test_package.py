@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 HEAVY = ("torch", "timm", "triton", "torchvision", "numpy", "matplotlib", "jsonargparse")
 
@@ -39,3 +40,12 @@ def test_no_top_level_module_shadows_other_packages():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=sys.prefix
     ).stdout
     assert out.strip() == "[]"
+
+
+def test_the_wheel_holds_the_embedded_files_and_not_the_script_that_made_them(tmp_path):
+    # What build_py gathers is what the wheel packs.
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[1])
+    embedded = {path.name for path in (tmp_path / "mosa_fast" / "assets").iterdir()}
+    assert {"backbone.safetensors", "digits.npz", "README.md"} <= embedded
+    assert not any(name.endswith(".py") for name in embedded)

@@ -1,6 +1,7 @@
 """Every recipe is parsed, and built as far as it goes without its data: model on the meta device."""
 
 import re
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -12,7 +13,8 @@ from mosa_fast.data import load_data
 from mosa_fast.data.fgvc import MULTITASK_CLASSES, SETS
 from mosa_fast.data.gicd import TASKS as GICD
 from mosa_fast.data.vtab import TASKS as VTAB
-from mosa_fast.recipes import find_recipe, load_recipe, merge, packaged
+from mosa_fast.methods import METHODS
+from mosa_fast.recipes import find_recipe, load_grid, load_recipe, merge, packaged
 from mosa_fast.train import parse
 from mosa_fast.training.model import build_model, count_trained
 
@@ -40,10 +42,11 @@ def test_there_is_a_recipe_for_every_data_set_of_the_paper():
     expected |= {f"gicd/{task}" for task in GICD} | {
         f"{kind}/{task}" for kind in ("linear", "full", "swin") for task in SETS
     }
-    assert {name.removesuffix(".yaml") for name in RECIPES} == expected | {"digits"}
+    expected |= {f"digits/{method}" for method in METHODS} | {"digits"}
+    assert {name.removesuffix(".yaml") for name in RECIPES} == expected
 
 
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "digits.yaml"])
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if not name.startswith("digits")])
 def test_every_recipe_parses_and_says_what_data_it_wants(recipe):
     config = config_of(str(ROOT / recipe))
     assert config.data.name == {"vtab": "vtab", "gicd": "gicd"}.get(recipe.split("/")[0], "fgvc")
@@ -60,7 +63,14 @@ def test_every_recipe_parses_and_says_what_data_it_wants(recipe):
         load_data(config.data, 224, config.seed)
 
 
-# RECIPES, table of training recipes: lr, bottleneck, experts, share, deep_reg, batch
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_on_the_embedded_digits_differ_in_the_method_alone(method):
+    config, default = config_of(f"digits/{method}"), config_of("digits")
+    assert config == replace(default, method=method, out=f"runs/digits/{method}")
+    assert list(load_grid(f"digits/{method}")) == ["optim.lr"]
+
+
+# docs/data.md, Training recipes: lr, bottleneck, experts, share, deep_reg, batch
 PAPER = {
     "fgvc/cub": (1e-3, 64, 4, "down", False, 128),
     "fgvc/nabirds": (5e-4, 64, 4, "down", False, 128),
@@ -107,7 +117,7 @@ def test_models_of_the_recipes_have_the_papers_size(recipe):
     model = build(config, CLASSES[config.data.task])
     assert model.num_classes == CLASSES[config.data.task]
     counts = count_trained(model)
-    # METHOD: trained weights of the merged adapter, and the backbone's
+    # docs/method.md, Results: trained weights of the merged adapter, and the backbone's
     assert counts["trained_weights"] == {64: 1_208_064, 16: 322_752}[config.adapter.bottleneck]
     assert counts["head_weights"] == 769 * model.num_classes
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -118,12 +128,13 @@ def test_models_of_the_recipes_have_the_papers_size(recipe):
 def test_a_second_recipe_changes_the_backbone_of_the_first(backbone):
     config = parse(["--config", "fgvc/cub", "--config", f"backbones/{backbone}"])[0]
     assert config.optim.lr == 1e-3
-    if backbone.startswith("swin"):
-        with pytest.raises(ValueError, match="Swin's adapters are not there yet"):
-            build(config, 200)
-        config.method = "linear"
     model = build(config, 200)
     assert model.num_classes == 200
+    if backbone.startswith("swin"):  # inside the MLPs, without norms, as wide as their stages
+        widths = [
+            width for width, depth in zip((128, 256, 512, 1024), (2, 2, 18, 2), strict=True) for _ in range(depth)
+        ]
+        assert count_trained(model)["trained_weights"] == sum(2 * width * 64 + width + 64 for width in widths)
     if not backbone.startswith("swin"):
         assert model.patch_embed.img_size == (224, 224)
         assert len(model.blocks) == {"l": 24, "h": 32}.get(backbone.split("_")[1][0], 12)
@@ -187,4 +198,4 @@ def test_every_recipe_is_in_the_table():
     table = (ROOT / "README.md").read_text()
     for name in RECIPES:
         assert f"]({name}) | `python -m mosa_fast.train" in table, name
-        assert name == "digits.yaml" or f"--config configs/{name} --data.root PATH" in table, name
+        assert name.startswith("digits") or f"--config configs/{name} --data.root PATH" in table, name

@@ -1,12 +1,16 @@
 import json
+import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from mosa_fast import sweep as module
 from mosa_fast.data import digits
-from mosa_fast.sweep import Run, find_recipes, groups, main, parse_grid, sweep, table
+from mosa_fast.run_folder import RunFolder
+from mosa_fast.sweep import Run, find_recipes, main, parse_grid, parse_seeds, parse_variants, sweep
+from mosa_fast.sweep_table import Results, groups, make_rows, table
 from mosa_fast.train import main as train_main
 
 FAST = ["--data.shots=1", "--optim.epochs=1", "--optim.batch_size=10"]
@@ -56,31 +60,33 @@ def test_a_sweep_of_real_runs(tmp_path, monkeypatch, command):
     summaries = [json.loads(p.read_text()) for p in sorted(tmp_path.glob("configs/digits/seed*/summary.json"))]
     assert [s["config"]["seed"] for s in summaries] == [3407, 3408]
     first, second = (s["test_accuracy"] for s in summaries)
-    assert row == f"| configs/digits | {(first + second) / 2:.2f} | {abs(first - second) / 2:.2f} | 2 |"
+    # 40,416 weights of adapters, 1,930 of the head
+    assert row == f"| configs/digits | {(first + second) / 2:.2f} | {abs(first - second) / 2:.2f} | 2 | 42,346 |"
     for path in tmp_path.glob("search/**/summary.json"):
         assert "test_accuracy" not in json.loads(path.read_text())
     assert row in (tmp_path / "table.md").read_text()
 
 
 def test_what_is_done_is_skipped_and_what_was_cut_off_is_run_again(tmp_path, trainings):
-    recipes = find_recipes(["digits"])
-    first, _ = sweep(recipes, 3, [], (), tmp_path)
-    assert first == {"configs/digits": [87.0, 88.0, 89.0]}
+    rows = make_rows(find_recipes(["digits"]))
+    first = sweep(rows, 3, [], tmp_path)
+    assert first.accuracies == {"configs/digits": [87.0, 88.0, 89.0]}
+    assert first.failed == []
     assert len(trainings) == 3
     (tmp_path / "configs" / "digits" / "seed3408" / "summary.json").write_text('{"val_')
     (tmp_path / "configs" / "digits" / "seed3409" / "summary.json").write_text('{"val_accuracy": 1.0}')
-    assert sweep(recipes, 3, [], (), tmp_path) == (first, [])
+    assert sweep(rows, 3, [], tmp_path) == first
     assert [call["seed"] for call in trainings[3:]] == ["3408", "3409"]
 
 
 def test_results_of_other_settings_are_not_taken_for_these(tmp_path, trainings):
     recipes = find_recipes(["digits"])
-    sweep(recipes, 1, [], (), tmp_path)
+    sweep(make_rows(recipes), 1, [], tmp_path)
     with pytest.raises(ValueError, match="seed3407 was made with other settings: choose another --out"):
-        sweep(recipes, 1, [], ("--optim.epochs=2",), tmp_path)
+        sweep(make_rows(recipes, ("--optim.epochs=2",)), 1, [], tmp_path)
     recipe = tmp_path / "own.yaml"
     recipe.write_text("seed: 5\n")
-    run = Run(recipe, (), tmp_path / "run")
+    run = Run(recipe, (), RunFolder(tmp_path / "run"))
     run.execute("test_accuracy")
     recipe.write_text("seed: 6\n")
     with pytest.raises(ValueError, match="other settings"):
@@ -90,7 +96,7 @@ def test_results_of_other_settings_are_not_taken_for_these(tmp_path, trainings):
 def test_the_grid_is_searched_on_validation_only(tmp_path, trainings):
     grid = parse_grid(["optim.lr=1e-3,5e-3,1e-2", "loss.reg_weight=1,2"])
     assert len(grid) == 6
-    sweep(find_recipes(["vtab/kitti"]), 1, grid, ("--data.root=here",), tmp_path)
+    sweep(make_rows(find_recipes(["vtab/kitti"]), ("--data.root=here",)), 1, grid, tmp_path)
     search, final = trainings[:-1], trainings[-1]
     assert len(search) == 6
     assert all(call["test"] == "false" and call["data.mode"] == "tune" for call in search)
@@ -101,6 +107,83 @@ def test_the_grid_is_searched_on_validation_only(tmp_path, trainings):
     for item in ("optim.lr", "=1", "optim.lr=1,,2"):
         with pytest.raises(ValueError, match="--grid must look like"):
             parse_grid([item])
+
+
+def test_of_equals_on_validation_the_smallest_values_are_taken(tmp_path, trainings):
+    # 4e-3 and 6e-3 are as far from the best rate
+    sweep(make_rows(find_recipes(["digits"])), 1, parse_grid(["optim.lr=6e-3,4e-3"]), tmp_path)
+    assert trainings[-1]["optim.lr"] == "4e-3"
+
+
+def test_without_values_every_recipe_is_searched_on_its_own_grid(tmp_path, trainings, command):
+    arguments = ["--configs", "digits/linear", "digits/full", "--out", tmp_path, "--grid"]
+    assert command(main, *arguments)[0] == 0
+    assert [call["optim.lr"] for call in trainings[:3]] == ["0.003", "0.01", "0.03"]
+    assert [call["optim.lr"] for call in trainings[3:6]] == ["0.0001", "0.0003", "0.001"]
+    assert [call["optim.lr"] for call in trainings[6:]] == ["0.003", "0.001"]  # the best of each
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text("grid: {optim.lr: 3}\n")
+    code, _, error = command(main, "--configs", recipe, "--out", tmp_path / "b", "--grid")
+    assert code == 2
+    assert "grid must be like {optim.lr: [1.0e-3, 5.0e-3]}, got {'optim.lr': 3}" in error
+
+
+def test_several_values_of_options_go_together_in_one_table(tmp_path, trainings, command):
+    vary = ["--vary", "data.shots=10,50", "optim.epochs=60,12"]
+    code, out, _ = command(main, "--configs", "digits", "--out", tmp_path, *vary, "--seeds", "1,2")
+    assert code == 0
+    assert [(call["data.shots"], call["optim.epochs"], call["seed"]) for call in trainings] == [
+        ("10", "60", "1"),
+        ("10", "60", "2"),
+        ("50", "12", "1"),
+        ("50", "12", "2"),
+    ]
+    for shots in (10, 50):
+        assert f"| configs/digits, data.shots={shots} | 81.50 | 0.50 | 2 | - |" in out
+    assert list(parse_variants([["a=1,2"], ["b=x,y"]])) == ["a=1-b=x", "a=1-b=y", "a=2-b=x", "a=2-b=y"]
+    for items, message in (
+        (["a=1,2", "b=1"], "as many values for each option"),
+        (["a=1,1"], "must differ"),
+        (["a"], "--vary must look like"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_variants([items])
+
+
+def test_seeds_are_a_number_or_a_list():
+    assert (parse_seeds("3"), parse_seeds("3,1"), parse_seeds("7,")) == (3, [3, 1], [7])
+    with pytest.raises(ValueError, match="--seeds must be a number of seeds, or seeds as in 1,2,3; got 'x'"):
+        parse_seeds("x")
+
+
+def test_processes_run_side_by_side_and_divide_the_cores(tmp_path, trainings, monkeypatch, command):
+    both, train = threading.Barrier(2, timeout=20), module.subprocess.run
+
+    def wait_for_another(words):
+        both.wait()  # broken, unless two are there at once
+        return train(words)
+
+    monkeypatch.setattr(module.subprocess, "run", wait_for_another)
+    monkeypatch.setattr(module.os, "cpu_count", lambda: 6)
+    monkeypatch.setenv("OMP_NUM_THREADS", "9")  # so that it is restored, whatever it was
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    code, out, _ = command(main, "--configs", "digits", "--out", tmp_path, "--seeds", 4, "--processes", 2)
+    assert code == 0
+    assert "| configs/digits | 86.00 | 2.04 | 4 | - |" in out
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+
+
+def test_an_interruption_of_one_process_starts_no_other(tmp_path, trainings, monkeypatch, command):
+    started = []
+
+    def stopped(words):
+        started.append(words)
+        return type("Done", (), {"returncode": 130})
+
+    monkeypatch.setattr(module.subprocess, "run", stopped)
+    code, _, _ = command(main, "--configs", "digits", "--out", tmp_path, "--seeds", 50, "--processes", 2)
+    assert code == 130
+    assert len(started) < 50
 
 
 def test_failed_runs_are_listed_and_the_rest_goes_on(tmp_path, trainings, command):
@@ -122,7 +205,8 @@ def test_an_interruption_stops_and_says_how_to_go_on(tmp_path, monkeypatch, comm
 def test_group_means_and_their_standard_errors():
     recipes = find_recipes(["configs/vtab/*.yaml", "configs/fgvc/*.yaml", "configs/linear/cub.yaml"])
     assert len(recipes) == 26
-    members = groups(recipes)
+    rows = make_rows(recipes)
+    members = groups(rows)
     assert {title: len(names) for title, names in members.items()} == {
         "fgvc: FGVC mean": 5,
         "vtab: Natural mean": 7,
@@ -130,12 +214,19 @@ def test_group_means_and_their_standard_errors():
         "vtab: Structured mean": 8,
     }
     assert "fgvc/multitask" not in members["fgvc: FGVC mean"]
-    results = {name: [50.0, 60.0, 70.0] for name in recipes}
-    results["vtab/kitti"] = [58.0, None, 70.0]
+    results = Results({name: [50.0, 60.0, 70.0] for name in recipes}, {"fgvc/cub": 1234})
+    results.accuracies["vtab/kitti"] = [58.0, None, 70.0]
     text = table(results, members).splitlines()
-    assert "| fgvc/cub | 60.00 | 5.77 | 3 |" in text
-    assert "| **vtab: Structured mean** (8) | 60.50 | 9.50 | 2 |" in text  # of 51 and 70: the seeds that all have
-    assert "| **fgvc: FGVC mean** (5) | 60.00 | 5.77 | 3 |" in text
+    assert "| fgvc/cub | 60.00 | 5.77 | 3 | 1,234 |" in text
+    assert "| **vtab: Structured mean** (8) | 60.50 | 9.50 | 2 | - |" in text  # of 51 and 70: the seeds that all have
+    assert "| **fgvc: FGVC mean** (5) | 60.00 | 5.77 | 3 | - |" in text
+
+
+def test_groups_are_averaged_variant_by_variant():
+    recipes = find_recipes(["configs/vtab/*.yaml"])
+    members = groups(make_rows(recipes, variants=parse_variants([["optim.epochs=1,2"]])))
+    assert members["vtab: Specialized mean, optim.epochs=2"][0] == "vtab/patch_camelyon, optim.epochs=2"
+    assert len(members) == 6
 
 
 def test_patterns_that_match_nothing_are_named(command):

@@ -68,7 +68,6 @@ _ALL = {
         "vit_base_patch16_sapiens2",
         **{**_VIT, "embed_dim": 32, "num_heads": 4},
         num_kv_heads=2,
-        rope_rescale_coords=1.0,  # timm draws a scale in training; this one does not change
         mlp_ratio=2.0,
     ),
     # the others
@@ -160,6 +159,7 @@ def _randomise(model: nn.Module, seed: int) -> nn.Module:
 
 def make_tiny(name: str, seed: int = 0, **kwargs) -> nn.Module:
     """The model `name`; kwargs go to timm (drop_path_rate, proj_drop_rate, global_pool, ...)."""
+    torch.manual_seed(seed)  # for what _randomise leaves as it is
     return _randomise(_ALL[name](**{"num_classes": 10, **kwargs}), seed).eval()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mosa_fast.adapters.model import AdaptedModel, adapt, adapters
 from mosa_fast.adapters.wrapper import Wrapper
-from mosa_fast.backbones.heads import classifiers
+from mosa_fast.backbones.heads import classifiers, heads
 from mosa_fast.config import MoSAConfig
 from mosa_fast.files import write_atomically
 from mosa_fast.nn import SparseProjection
@@ -131,11 +131,11 @@ def _unwrapped(name: str) -> str:
 def _prepare(model: nn.Module, config: MoSAConfig, tensors: dict[str, Tensor]) -> AdaptedModel:
     """Adapters, and a head of the file's size, for a plain model."""
     timm_model: Any = model
-    heads = {id(module) for module in classifiers(model)}
+    own = [path for path, module in model.named_modules() if any(module is head for head in heads(model))]
     sizes = [
-        tensors[f"{path}.weight"].shape[0]
-        for path, module in model.named_modules()
-        if id(module) in heads and f"{path}.weight" in tensors
+        tensor.shape[0]
+        for name, tensor in tensors.items()
+        if tensor.ndim == 2 and any(name.startswith(f"{path}.") for path in own)
     ]
     if sizes and sizes[0] != timm_model.num_classes:
         timm_model.reset_classifier(sizes[0])

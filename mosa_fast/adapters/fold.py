@@ -1,12 +1,19 @@
-"""Turning mixtures into dense adapters."""
+"""Leaving the mixture: dense adapters in place of experts, or an ordinary timm model in place of adapters."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+import copy
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from timm.layers import GELU, Mlp
+from torch import Tensor, nn
 
-from mosa_fast.adapters.model import adapters
+from mosa_fast.adapters.model import AdaptedBlock, AdaptedModel, adapters
+from mosa_fast.adapters.seams import seam_of
+from mosa_fast.backbones.structure import structure_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -20,3 +27,154 @@ def merge(model: Model) -> Model:
     for adapter in adapters(model):
         adapter.merge()
     return model
+
+
+def fold(model: AdaptedModel, create_kwargs: Mapping[str, Any] | None = None) -> Any:
+    """An ordinary timm model that computes the same logits: every MLP is as much wider as its adapter is.
+
+    Exact for the placement adaptformer with the exact GELU in adapter and block (docs/design.md, The adapter inside the
+    MLP). With `g`, `b` the weight and bias of norm2, `ga`, `ba` those of the adapter's norm and `s` its scale, norm2
+    keeps only its normalisation, and
+
+        fc1' = [W1 diag(g); Wd diag(ga)],  b1' = [b1 + W1 b; bd + Wd ba],  fc2' = [W2, s Wu],  b2' = b2 + s bu
+
+    LayerScale's factor is multiplied into W2 and b2 and becomes 1. Inside an MLP (Swin) there is no second norm.
+
+    Args:
+        model: adapted, with experts or merged; it is left as it is.
+        create_kwargs: what the timm model was made with by timm.create_model besides its name, where this timm does not
+            keep it (before 1.0.21).
+
+    Returns:
+        The timm model, in evaluation mode; its `create_kwargs` make the same one:
+        `timm.create_model(plain.pretrained_cfg["architecture"], **plain.create_kwargs)`.
+
+    Raises:
+        ValueError: it cannot be folded exactly; the message says why.
+    """
+    blocks = {name: block for name, block in model.backbone.named_modules() if isinstance(block, AdaptedBlock)}
+    for name, block in blocks.items():
+        reason = why_not_folded(block)
+        if reason is not None:
+            raise ValueError(f"{name} cannot be folded exactly: {reason}; merge(model) makes its adapters dense")
+    plain: Any = copy.deepcopy(model.backbone).eval()
+    needed = {
+        name: block.mlp.fc1.out_features + block.adapters()[0].config.bottleneck for name, block in blocks.items()
+    }
+    kwargs, structure = _wider(plain, dict(create_kwargs or getattr(plain, "_model_args", {})), blocks, needed)
+    for name in blocks:
+        plain.set_submodule(name, _folded_block(plain.get_submodule(name)))
+    wider_modules: dict[str, Any] = dict(structure.named_modules())
+    for name, mlp in plain.named_modules():  # timm widens other MLPs as well, as that of attention pooling
+        if type(mlp) is Mlp and type(wider_modules.get(name)) is Mlp:
+            _widen(mlp, wider_modules[name].fc1.out_features)
+    shapes = [{name: tensor.shape for name, tensor in m.state_dict().items()} for m in (plain, structure)]
+    if shapes[0] != shapes[1]:
+        odd = next(name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
+        raise ValueError(f"timm makes another model of {kwargs}, which differs in {odd}: give fold its create_kwargs")
+    plain.create_kwargs = plain._model_args = kwargs
+    return plain
+
+
+def why_not_folded(block: AdaptedBlock) -> str | None:
+    """Why a block's adapter is not exactly a part of a wider MLP; None: it is."""
+    seam, mlp, norm = seam_of(block.block), block.mlp, block.norm2
+    if block.placement != "adaptformer":
+        return f"a {block.placement} adapter does not read what the MLP reads"
+    if type(mlp) is not Mlp:
+        return f"its MLP is gated ({type(mlp).__name__})"
+    if not isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity):
+        return "there is a norm inside its MLP"
+    if not _is_exact_gelu(mlp.act):
+        return f"its activation is {type(mlp.act).__name__}, not the exact GELU"
+    adapter = block.adapters()[0]
+    if adapter.activation != "gelu":
+        return f"the adapter's activation is {adapter.activation}, not gelu"
+    if mlp.fc1.bias is None or mlp.fc2.bias is None:
+        return "its MLP has no biases"
+    if seam.norm_after_mlp:
+        return "its norm comes after the MLP, the adapter after that"
+    if adapter.norm is not None and not (isinstance(norm, nn.LayerNorm) and norm.eps == adapter.norm.eps):
+        return f"its norm is a {type(norm).__name__}, the adapter's a LayerNorm"
+    return None
+
+
+def _wider(
+    plain: Any, kwargs: dict[str, Any], blocks: Mapping[str, Any], needed: Mapping[str, int]
+) -> tuple[dict[str, Any], Any]:
+    """Arguments of timm.create_model that give every block an MLP of at least the needed width, and what they make."""
+    kwargs = kwargs | {"num_classes": plain.num_classes}
+    name = (getattr(plain, "pretrained_cfg", None) or {}).get("architecture")
+    if not name:
+        raise ValueError("fold needs a model that timm.create_model made: this one does not know its name")
+    stages: dict[str, float] = {}
+    for path, block in blocks.items():
+        # Half a column more, since timm cuts hidden = width * ratio down to an integer.
+        ratio = (needed[path] + 0.5) / block.norm2.weight.numel()
+        stage = path.rpartition(".")[0]
+        stages[stage] = max(ratio, stages.get(stage, 0.0))
+    for choice in (tuple(stages.values()), max(stages.values())):  # one for each stage where timm takes that: Swin
+        try:
+            made = kwargs | {"mlp_ratio": choice}
+            return made, structure_of(name, **made)
+        except TypeError:
+            continue
+    raise ValueError(f"timm.create_model({name!r}) takes no mlp_ratio")
+
+
+@torch.no_grad()
+def _folded_block(adapted: Any) -> nn.Module:
+    """The timm block of a copied AdaptedBlock, with the adapter in its MLP."""
+    seam, block = seam_of(adapted.block), adapted.block
+    mlp: Any = block.mlp
+    norm: Any = block.norm2
+    adapter = copy.deepcopy(adapted.adapters()[0])
+    adapter.merge()
+    weight1, bias1, weight2, bias2 = (
+        tensor.double() for tensor in (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
+    )
+    gamma = _gamma(block, seam.gamma)
+    if gamma is not None and not seam.inside:
+        weight2, bias2 = gamma.double()[:, None] * weight2, gamma.double() * bias2
+        gamma.fill_(1.0)
+    down, down_bias = adapter.down.weight.double(), adapter.down.bias[0].double()
+    if adapter.norm is not None:
+        bias1 = bias1 + weight1 @ norm.bias.double()
+        weight1 = weight1 * norm.weight.double()
+        down_bias = down_bias + down @ adapter.norm.bias.double()
+        down = down * adapter.norm.weight.double()
+        norm.weight.fill_(1.0)
+        norm.bias.zero_()
+    scale = torch.as_tensor(adapter.scale, device=down.device).double()
+    up, up_bias = scale * adapter.up.weight.double(), scale * adapter.up.bias[0].double()
+    mlp.fc1 = _linear(mlp.fc1, torch.cat([weight1, down]), torch.cat([bias1, down_bias]))
+    mlp.fc2 = _linear(mlp.fc2, torch.cat([weight2, up], dim=1), bias2 + up_bias)
+    return block
+
+
+@torch.no_grad()
+def _widen(mlp: Any, hidden: int) -> None:
+    """Give an MLP so many hidden channels; the new ones are zero and add nothing."""
+    spare = hidden - mlp.fc1.out_features
+    mlp.fc1 = _linear(mlp.fc1, F.pad(mlp.fc1.weight, (0, 0, 0, spare)), F.pad(mlp.fc1.bias, (0, spare)))
+    mlp.fc2 = _linear(mlp.fc2, F.pad(mlp.fc2.weight, (0, spare)), mlp.fc2.bias)
+
+
+def _gamma(block: nn.Module, path: str) -> Tensor | None:
+    found: Any = block
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+def _linear(like: nn.Linear, weight: Tensor, bias: Tensor) -> nn.Linear:
+    made = nn.utils.skip_init(
+        nn.Linear, weight.shape[1], weight.shape[0], dtype=like.weight.dtype, device=weight.device
+    )
+    made.weight.copy_(weight)
+    made.bias.copy_(bias)
+    return made
+
+
+def _is_exact_gelu(activation: nn.Module) -> bool:
+    return isinstance(activation, GELU) or (type(activation) is nn.GELU and activation.approximate == "none")

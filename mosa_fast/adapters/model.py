@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mosa_fast.adapters.placements import PLACEMENTS
+from mosa_fast.adapters.placements import PLACEMENTS, repeat_batch
 from mosa_fast.adapters.seams import AFTER_BLOCKS, carries_samples, find_blocks, seam_of
 from mosa_fast.adapters.wrapper import Wrapper
 from mosa_fast.backbones.frozen import draws_random_numbers, hold_statistics, parts_samples
@@ -80,9 +80,8 @@ class AdaptedBlock(Wrapper):
 
     def _run(self, x: Tensor, routing: BlockRouting | None, args: Any, kwargs: Any) -> Tensor:
         seam, placement = seam_of(self.block), PLACEMENTS[self.placement]
-        assert seam is not None
         h = seam.attention(self.block, x, *args, **kwargs)
-        return placement.run(self.block, seam, self.adapters(), h, routing)
+        return seam.output(self.block, placement.run(self.block, seam, self.adapters(), h, routing))
 
     def adapters(self) -> list[SparseAdapter]:
         """This block's adapters, in the order they run."""
@@ -143,7 +142,7 @@ class AdaptedModel(Wrapper):
         """
         if experts is None and not self.training:
             logits = self.backbone(images, **arguments)
-            return logits if views == 1 else repeat_batch(logits, views)  # views of a merged model are all alike
+            return logits if views == 1 else _repeated(logits, views)  # views of a merged model are all alike
         blocks, others = _parts(self.backbone)
         if any(map(_checkpoints, (self.backbone, *others))):
             raise RuntimeError(CHECKPOINTS_BY_ITSELF)
@@ -151,9 +150,10 @@ class AdaptedModel(Wrapper):
         views = routing.experts.shape[1]
         per_sample = {name for name, value in arguments.items() if carries_samples(name, value)}
         fork = views > 1
-        if fork and (per_sample or not isinstance(images, Tensor) or any(map(parts_samples, others))):
-            images, fork = repeat_batch(images, views), False
-            arguments |= {name: repeat_batch(arguments[name], views) for name in per_sample}
+        counted = any(seam_of(block.block).counts_images for block in blocks)
+        if fork and (counted or per_sample or not isinstance(images, Tensor) or any(map(parts_samples, others))):
+            images, fork = _repeated(images, views), False
+            arguments |= {name: _repeated(arguments[name], views) for name in per_sample}
         with routed(blocks, routing, fork=fork, block_outputs=block_outputs):
             return self.backbone(images, **arguments)
 
@@ -276,7 +276,7 @@ def adapt(model: nn.Module, config: MoSAConfig | None = None) -> AdaptedModel:
             # Master weights are float32 under a half-precision backbone.
             "dtype": torch.promote_types(norm.weight.dtype, torch.float32),
         }
-        made = PLACEMENTS[config.placement].make(config, norm.weight.numel(), **options)
+        made = PLACEMENTS[config.placement].make(config, seam_of(block), norm.weight.numel(), **options)
         parent.register_module(name, AdaptedBlock(block, config.placement, made))
     for module in classifiers(model):
         module.requires_grad_(True)
@@ -301,13 +301,13 @@ def adapters(model: nn.Module) -> Iterator[SparseAdapter]:
         raise ValueError(f"{type(model).__name__} has no adapters; call adapt(model, config) first")
 
 
-def repeat_batch(value: Any, views: int) -> Any:
-    """`[B, ...]` to `[V * B, ...]`, view after view; in a dictionary, every value."""
+def _repeated(value: Any, views: int) -> Any:
+    """Every tensor of what a timm model takes or gives, repeated for the views: alone, in a dictionary or a list."""
     if isinstance(value, Mapping):
-        return {key: repeat_batch(item, views) for key, item in value.items()}
+        return {key: _repeated(item, views) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(repeat_batch(item, views) for item in value)
-    return value.repeat(views, *[1] * (value.ndim - 1))
+        return type(value)(_repeated(item, views) for item in value)
+    return repeat_batch(value, views)
 
 
 def _parts(backbone: nn.Module) -> tuple[list[AdaptedBlock], list[nn.Module]]:

@@ -14,47 +14,83 @@ from mosa_fast.nn import SparseAdapter
 from mosa_fast.nn.sparse_adapter import DROPOUT, SCALE
 from mosa_fast.routing import BlockRouting
 
+Adapters = Sequence[SparseAdapter]
+
 
 @dataclass(frozen=True)
 class Placement:
     """One placement.
 
     Attributes:
-        run: (block, its seam, its adapters, h, routing) to the block's output, where h is the residual stream after
-            the attention.
+        run: (block, its seam, its adapters, h, routing) to the sum that the block gives, where h is the residual stream
+            after the attention.
         adapters: names of a block's adapters, in the order they run.
-        scale, dropout: what "auto" means in a MoSAConfig.
+        activation, scale, dropout: what "auto" means in a MoSAConfig.
+        norm: whether an adapter normalises what it reads; what is read inside an MLP is normalised already.
     """
 
-    run: Callable[[nn.Module, Seam, Sequence[SparseAdapter], Tensor, BlockRouting | None], Tensor]
+    run: Callable[[nn.Module, Seam, Adapters, Tensor, BlockRouting | None], Tensor]
     adapters: tuple[str, ...]
+    activation: str
     scale: float
     dropout: float
+    norm: Callable[[Seam], bool]
 
-    def make(self, config: MoSAConfig, width: int, **options: Any) -> dict[str, SparseAdapter]:
+    def make(self, config: MoSAConfig, seam: Seam, width: int, **options: Any) -> dict[str, SparseAdapter]:
         """One block's adapters, by name.
 
         Args:
             config: of the model; every adapter holds it.
+            seam: of the block.
             width: of the block's tokens.
             options: norm_eps, generator, device and dtype of SparseAdapter.
         """
-        scale = self.scale if config.scale == "auto" else config.scale
-        dropout = self.dropout if isinstance(config.dropout, str) else config.dropout
+        chosen = {
+            name: getattr(self if getattr(config, name) == "auto" else config, name)
+            for name in ("activation", "scale", "dropout")
+        }
         return {
-            name: SparseAdapter.from_config(config, width, scale=scale, dropout=dropout, **options)
+            name: SparseAdapter.from_config(config, width, norm=self.norm(seam), **chosen, **options)
             for name in self.adapters
         }
 
 
-def _adaptformer(
-    block: nn.Module, seam: Seam, adapters: Sequence[SparseAdapter], h: Tensor, routing: BlockRouting | None
-) -> Tensor:
-    """Parallel to the MLP, outside LayerScale and drop-path: `h + mlp(norm2(h)) + s * up(drop(act(down(norm(h)))))`."""
-    return adapters[0](h, seam.mlp(block, h), **_routed(routing, 0))
+def _adaptformer(block: nn.Module, seam: Seam, adapters: Adapters, h: Tensor, routing: BlockRouting | None) -> Tensor:
+    """Beside the MLP: `h + mlp(norm2(h)) + s * up(drop(act(down(norm(h)))))`, or inside: `m + s * up(...(down(n)))`."""
+    if not seam.inside:
+        return adapters[0](h, seam.mlp(block, h), **_routed(routing, 0))
+    n, m = seam.inner(block, h)
+    branch = seam.finish(block, adapters[0](n, m, add_input=False, **_routed(routing, 0)))
+    if routing is not None and routing.fork:
+        h = repeat_batch(h, routing.experts.shape[1])
+    return h + branch
 
 
-PLACEMENTS = {"adaptformer": Placement(_adaptformer, ("adapter",), scale=SCALE, dropout=DROPOUT)}
+def _pfeiffer(block: nn.Module, seam: Seam, adapters: Adapters, h: Tensor, routing: BlockRouting | None) -> Tensor:
+    """On the MLP's branch m, with LayerScale and drop-path: `h + m + up(act(down(norm(m))))`."""
+    return adapters[0](seam.mlp(block, h), h, **_routed(routing, 0))
+
+
+def _houlsby(block: nn.Module, seam: Seam, adapters: Adapters, h: Tensor, routing: BlockRouting | None) -> Tensor:
+    """On the stream, after attention and after the MLP: `x + up(act(down(x)))`."""
+    h = adapters[0](h, **_routed(routing, 0))
+    return adapters[1](h + seam.mlp(block, h), **_routed(routing, 1))
+
+
+PLACEMENTS = {
+    "adaptformer": Placement(
+        _adaptformer, ("adapter",), "gelu", scale=SCALE, dropout=DROPOUT, norm=lambda seam: not seam.inside
+    ),
+    "pfeiffer": Placement(_pfeiffer, ("adapter",), "relu", scale=1.0, dropout=0.0, norm=lambda seam: True),
+    "houlsby": Placement(
+        _houlsby, ("attention_adapter", "adapter"), "silu", scale=1.0, dropout=0.0, norm=lambda seam: False
+    ),
+}
+
+
+def repeat_batch(x: Tensor, views: int) -> Tensor:
+    """`[B, ...]` to `[V * B, ...]`, view after view."""
+    return x.repeat(views, *[1] * (x.ndim - 1))
 
 
 def _routed(routing: BlockRouting | None, index: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Where a timm block can be taken apart: the only file that knows timm's blocks, a few lines a family.
 
-A seam cuts a block's own forward into its attention and its MLP, from the block's untouched children, so that a layer
+A seam cuts a block's own forward into its attention and its MLP, from the block's untouched children, so that layers
 can read and add between them. A block's class is looked up exactly: a subclass may compute something else.
 """
 
@@ -10,59 +10,216 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import timm
 import torch
-from timm.models import eva, vision_transformer
+from timm.models import (
+    beit,
+    cait,
+    eva,
+    hiera,
+    swin_transformer,
+    swin_transformer_v2,
+    swin_transformer_v2_cr,
+    vision_transformer,
+    vision_transformer_relpos,
+    vision_transformer_sam,
+    xcit,
+)
+from timm.models.vision_transformer_sam import window_partition, window_unpartition
 from torch import Tensor, nn
 
-# Parts of a timm model that run after its blocks: what they draw at random does not part the views.
-AFTER_BLOCKS = ("norm", "fc_norm", "attn_pool", "head", "head_drop", "head_dist")
-# Arguments of a timm model's forward that hold something for every image (NaFlexViT's patches).
-PER_IMAGE = ("patch_coord", "patch_valid")
+from mosa_fast.backbones.structure import structure_of
 
 
 @dataclass(frozen=True)
 class Seam:
     """How one class of blocks is taken apart; h is the residual stream between attention and MLP.
 
+    `block(x)` is `output(h + finish(m))`, with `h = attention(x)` and `n, m = inner(h)`. Every function takes the block
+    first.
+
     Attributes:
         attention: (block, x, *timm's arguments) to h: attention with its residual.
-        mlp: (block, h) to the MLP's branch with LayerScale and drop-path, without its residual.
+        inner: (block, h) to n and m: what the MLP reads, and what it gives. Where norm2 comes after the MLP, m is its
+            output.
+        finish: (block, m) to the MLP's branch: LayerScale and drop-path, without the residual.
+        output: (block, sum) to the block's output: the identity almost everywhere.
+        inside: the adaptformer placement sits inside the MLP, reading n and adding to m (docs/method.md, Placements).
+        gamma: where LayerScale's factor of the MLP's branch is in the block, if it has one.
+        counts_images: timm's forward counts its images before the blocks, so that views part at the input.
     """
 
     attention: Callable[..., Tensor]
-    mlp: Callable[[Any, Tensor], Tensor]
+    inner: Callable[[Any, Tensor], tuple[Tensor, Tensor]]
+    finish: Callable[[Any, Tensor], Tensor]
+    output: Callable[[Any, Tensor], Tensor] = lambda block, total: total
+    inside: bool = False
+    gamma: str = "ls2.gamma"
+    counts_images: bool = False
+
+    def mlp(self, block: nn.Module, h: Tensor) -> Tensor:
+        """The MLP's branch with LayerScale and drop-path, without its residual."""
+        return self.finish(block, self.inner(block, h)[1])
+
+    @property
+    def norm_after_mlp(self) -> bool:
+        """Whether norm2 normalises what the MLP gives, not what it reads."""
+        return self.inner is _post_norm
+
+
+def _pre_norm(block: Any, h: Tensor) -> tuple[Tensor, Tensor]:
+    n = block.norm2(h)
+    return n, block.mlp(n)
+
+
+def _post_norm(block: Any, h: Tensor) -> tuple[Tensor, Tensor]:
+    return h, block.norm2(block.mlp(h))
+
+
+def _drop_path(block: Any, m: Tensor) -> Tensor:
+    return block.drop_path2(m)
+
+
+def _scaled(gamma: Tensor | None, branch: Tensor) -> Tensor:
+    return branch if gamma is None else gamma * branch
+
+
+def _post_norm_attention(block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return x + block.drop_path1(block.norm1(block.attn(x, *args, **kwargs)))
+
+
+# ViT, DeiT, hybrids, NaFlexViT, relative positions
 
 
 def _vit_attention(block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return x + block.drop_path1(block.ls1(block.attn(block.norm1(x), *args, **kwargs)))
 
 
-def _vit_mlp(block: Any, h: Tensor) -> Tensor:
-    return block.drop_path2(block.ls2(block.mlp(block.norm2(h))))
+def _vit_finish(block: Any, m: Tensor) -> Tensor:
+    return block.drop_path2(block.ls2(m))
+
+
+# EVA and the families that timm builds of its blocks; BEiT
 
 
 def _eva_attention(block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return x + block.drop_path1(_scaled(block.attn(block.norm1(x), *args, **kwargs), block.gamma_1))
+    return x + block.drop_path1(_scaled(block.gamma_1, block.attn(block.norm1(x), *args, **kwargs)))
 
 
-def _eva_mlp(block: Any, h: Tensor) -> Tensor:
-    return block.drop_path2(_scaled(block.mlp(block.norm2(h)), block.gamma_2))
+def _eva_finish(block: Any, m: Tensor) -> Tensor:
+    return block.drop_path2(_scaled(block.gamma_2, m))
 
 
-def _scaled(branch: Tensor, gamma: Tensor | None) -> Tensor:
-    return branch if gamma is None else gamma * branch
+# Swin: tokens are [B, H, W, C]; shifts, windows, masks and padding are in the method that is called here
+
+
+def _swin_attention(block: Any, x: Tensor) -> Tensor:
+    return x + block.drop_path1(block._attn(block.norm1(x)))
+
+
+def _swin_v2_attention(block: Any, x: Tensor) -> Tensor:
+    return x + block.drop_path1(block.norm1(block._attn(x)))
+
+
+def _swin_v2_cr_attention(block: Any, x: Tensor) -> Tensor:
+    return x + block.drop_path1(block.norm1(block._shifted_window_attn(x)))
+
+
+def _swin_v2_cr_output(block: Any, total: Tensor) -> Tensor:
+    return block.norm3(total)  # the identity but at the end of some stages
+
+
+# Segment Anything's encoder: tokens are [B, H, W, C], and drop-path draws for every window
+
+
+def _sam_attention(block: Any, x: Tensor) -> Tensor:
+    height, width = x.shape[1:3]
+    padded = None
+    windows = block.norm1(x)
+    if block.window_size > 0:
+        windows, padded = window_partition(windows, block.window_size)
+    branch = block.drop_path1(block.ls1(block.attn(windows)))
+    if padded is not None:
+        branch = window_unpartition(branch, block.window_size, (height, width), padded)
+    return x + branch
+
+
+# CaiT: one drop-path for both branches
+
+
+def _cait_attention(block: Any, x: Tensor) -> Tensor:
+    return x + block.drop_path(block.gamma_1 * block.attn(block.norm1(x)))
+
+
+def _cait_finish(block: Any, m: Tensor) -> Tensor:
+    return block.drop_path(block.gamma_2 * m)
+
+
+# Hiera: the first block of a stage pools its tokens and doubles their width
+
+
+def _hiera_attention(block: Any, x: Tensor) -> Tensor:
+    n = block.norm1(x)
+    if block.do_expand:
+        pooled = (x if block.proj is None else block.proj(n)).unflatten(1, (block.attn.q_stride, -1))
+        x = pooled.amax(dim=1)
+        if block.proj is None:
+            x = torch.cat([x, pooled.mean(dim=1)], dim=-1)
+    return x + block.drop_path1(block.ls1(block.attn(n)))
+
+
+# XCiT: attention over channels, then over neighbouring patches
+
+
+def _xcit_attention(block: Any, x: Tensor, height: int, width: int) -> Tensor:
+    x = x + _xcit_drop_path(block, 1)(block.gamma1 * block.attn(block.norm1(x)))
+    return x + _xcit_drop_path(block, 3)(block.gamma3 * block.local_mp(block.norm3(x), height, width))
+
+
+def _xcit_finish(block: Any, m: Tensor) -> Tensor:
+    return _xcit_drop_path(block, 2)(block.gamma2 * m)
+
+
+def _xcit_drop_path(block: Any, number: int) -> nn.Module:
+    return getattr(block, f"drop_path{number}", None) or block.drop_path  # older timm has one for all three
 
 
 SEAMS: dict[type[nn.Module], Seam] = {
-    vision_transformer.Block: Seam(_vit_attention, _vit_mlp),  # ViT, DeiT, DINOv2, SigLIP, CLIP, hybrids
-    eva.EvaBlock: Seam(_eva_attention, _eva_mlp),  # EVA-02, DINOv3, Perception Encoder, ViTs with rotary positions
+    vision_transformer.Block: Seam(_vit_attention, _pre_norm, _vit_finish),
+    vision_transformer.ResPostBlock: Seam(_post_norm_attention, _post_norm, _drop_path, inside=True),
+    vision_transformer_relpos.RelPosBlock: Seam(_vit_attention, _pre_norm, _vit_finish),
+    vision_transformer_relpos.ResPostRelPosBlock: Seam(_post_norm_attention, _post_norm, _drop_path, inside=True),
+    vision_transformer_sam.Block: Seam(_sam_attention, _pre_norm, _vit_finish),
+    eva.EvaBlock: Seam(_eva_attention, _pre_norm, _eva_finish, gamma="gamma_2"),
+    eva.EvaBlockPostNorm: Seam(_post_norm_attention, _post_norm, _drop_path, inside=True),
+    beit.Block: Seam(_eva_attention, _pre_norm, _eva_finish, gamma="gamma_2"),
+    swin_transformer.SwinTransformerBlock: Seam(_swin_attention, _pre_norm, _drop_path, inside=True),
+    swin_transformer_v2.SwinTransformerV2Block: Seam(_swin_v2_attention, _post_norm, _drop_path, inside=True),
+    swin_transformer_v2_cr.SwinTransformerV2CrBlock: Seam(
+        _swin_v2_cr_attention, _post_norm, _drop_path, _swin_v2_cr_output, inside=True
+    ),
+    cait.LayerScaleBlock: Seam(_cait_attention, _pre_norm, _cait_finish, gamma="gamma_2"),
+    hiera.HieraBlock: Seam(_hiera_attention, _pre_norm, _vit_finish),
+    xcit.XCABlock: Seam(_xcit_attention, _pre_norm, _xcit_finish, gamma="gamma2", counts_images=True),
 }
+# Blocks that timm has and that cannot be taken apart, with the reason.
+REFUSED = {
+    getattr(vision_transformer, name): "attention and MLP share their products and one residual, so that there is no "
+    "branch to put an adapter beside"
+    for name in ("ParallelScalingBlock", "DiffParallelScalingBlock")
+    if hasattr(vision_transformer, name)  # the second is younger than the oldest timm
+}
+# Parts of a timm model that run after its blocks: what they draw at random does not part the views.
+AFTER_BLOCKS = (
+    *("norm", "neck", "fc_norm", "attn_pool", "head", "head_drop", "head_dist"),
+    *("blocks_token_only", "cls_attn_blocks"),  # CaiT's and XCiT's blocks of the class token
+)
+# Arguments of a timm model's forward that hold something for every image (NaFlexViT's patches).
+PER_IMAGE = ("patch_coord", "patch_valid")
 
 
-def seam_of(block: nn.Module) -> Seam | None:
-    """The seam of a block of a known class; None: it is something else."""
-    return SEAMS.get(type(block))
+def seam_of(block: nn.Module) -> Seam:
+    """The seam of a block that `find_blocks` found."""
+    return SEAMS[type(block)]
 
 
 def find_blocks(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
@@ -74,10 +231,11 @@ def find_blocks(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     found = False
     for path, parent in model.named_modules():
         children = dict(parent.named_children())
-        known = [name for name, child in children.items() if seam_of(child) is not None]
-        if known and len(known) < len(children):
-            odd = next(name for name in children if name not in known)
-            raise ValueError(f"{path}.{odd} is a {type(children[odd]).__name__}, which has no seam; {_known()}")
+        known = [name for name, child in children.items() if type(child) in SEAMS]
+        for name, child in children.items():
+            if type(child) in REFUSED or (known and name not in known):
+                reason = REFUSED.get(type(child), f"it has no seam; {_known()}")
+                raise ValueError(f"{path}.{name} is a {type(child).__name__}, which cannot be adapted: {reason}")
         for name in known:
             found = True
             yield parent, name, children[name]
@@ -97,9 +255,8 @@ def carries_samples(name: str, value: object) -> bool:
 
 def check_adaptable(name: str) -> None:
     """Raise ValueError for a timm model that adapters cannot be put into, before anything of it is downloaded."""
-    with torch.device("meta"):
-        for _ in find_blocks(timm.create_model(name)):
-            pass
+    for _ in find_blocks(structure_of(name)):
+        pass
 
 
 def _known() -> str:

@@ -1,4 +1,4 @@
-"""Reading the published files of backbones into timm models (RECIPES: Backbones and their files).
+"""Reading the published files of backbones into timm models (docs/data.md, Backbones and their files).
 
 | file | layout |
 | --- | --- |
@@ -17,7 +17,8 @@ from __future__ import annotations
 import hashlib
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,15 @@ PREFIXES = ("module.base_encoder.", "base_encoder.", "module.", "backbone.")  # 
 HEADS = ("head.", "head_dist.", "fc_head.")
 DECODER = "decoder_"  # MAE's; its mask token, and DINOv2's by which timm knows that release, is left to timm
 SHOWN = 8  # problems listed in a message
+# timm's renaming and resampling of a published file, by the models it is for.
+CONVERSIONS: dict[type[nn.Module], Callable[[dict[str, Tensor], Any], dict[str, Any]]] = {
+    SwinTransformer: swin_transformer.checkpoint_filter_fn,
+    VisionTransformer: partial(vision_transformer.checkpoint_filter_fn, adapt_layer_scale=True),
+}
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, md5: str | None = None) -> None:
-    """Load a published file into a timm VisionTransformer or SwinTransformer, in place, all but its head.
+    """Load a published file into a timm model of a known family (CONVERSIONS), in place, all but its head.
 
     Args:
         model: on the CPU; its head is left as it is.
@@ -46,8 +52,9 @@ def load_checkpoint(model: nn.Module, path: str | Path, md5: str | None = None) 
         md5: what its MD5 digest must begin with; None: anything.
 
     Raises:
-        ValueError: the file is missing, is not readable, has another digest, or does not fit the model; then nothing
-            has been loaded, and the message lists what is missing, unexpected or of another shape.
+        ValueError: the family is not known, or the file is missing, is not readable, has another digest, or does not
+            fit the model; then nothing has been loaded, and the message lists what is missing, unexpected or of
+            another shape.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -107,14 +114,17 @@ def _read(path: Path) -> object:
 
 def _convert(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Timm's renaming and resampling for the model's family."""
+    convert = next((function for kind, function in CONVERSIONS.items() if isinstance(model, kind)), None)
+    if convert is None:
+        known = " and ".join(kind.__name__ for kind in CONVERSIONS)
+        raise ValueError(
+            f"{path}: files are read into timm's {known}, not into a {type(model).__name__}; without "
+            f"--model.checkpoint timm downloads its own weights"
+        )
     if not tensors:
         raise ValueError(f"{path} holds no weights of a backbone")
     try:
-        if isinstance(model, SwinTransformer):
-            converted: dict[str, Any] = swin_transformer.checkpoint_filter_fn(tensors, model)
-        else:
-            assert isinstance(model, VisionTransformer)
-            converted = vision_transformer.checkpoint_filter_fn(tensors, model, adapt_layer_scale=True)
+        converted: dict[str, Any] = convert(tensors, model)
     except (KeyError, AttributeError, RuntimeError, ValueError, AssertionError):
         converted = tensors  # of another architecture: the comparison of names and shapes will say so
     return {name: tensor for name, tensor in converted.items() if not _is_head(name)}

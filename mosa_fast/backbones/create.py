@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import timm
-from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import nn
 
 from mosa_fast.backbones import embedded
@@ -18,12 +17,11 @@ from mosa_fast.config import ModelConfig
 PUBLISHED_PRIOR = 0.01  # the published head starts at this probability for every class
 
 
-def create_backbone(
-    config: ModelConfig, num_classes: int, image_size: int | None = None
-) -> VisionTransformer | SwinTransformer:
-    """A timm VisionTransformer or SwinTransformer as a run's model section describes it, in float32.
+def create_backbone(config: ModelConfig, num_classes: int, image_size: int | None = None) -> nn.Module:
+    """A timm model as a run's model section describes it, in float32.
 
-    It is made on torch's default device. Swin can be probed or fine-tuned; its adapters are not there yet.
+    It is made on torch's default device. Any model of timm's can be probed or fine-tuned; which of them take adapters
+    is for mosa_fast.adapters to say.
 
     Args:
         config: the model section.
@@ -31,30 +29,43 @@ def create_backbone(
         image_size: side of the images; None: the model's own. Position embeddings are resampled.
 
     Raises:
-        ValueError: timm has no such model, it is of another kind, its weights cannot be downloaded, or the checkpoint
-            file does not fit it.
+        ValueError: timm has no such model, it lacks what an option asks for, its weights cannot be downloaded, or the
+            checkpoint file does not fit it.
     """
-    kwargs: dict[str, Any] = {"proj_drop_rate": config.backbone_dropout, "drop_path_rate": config.drop_path}
-    is_embedded = config.name == embedded.NAME
-    is_swin = not is_embedded and family(config.name) == "swin_transformer"
-    # timm's Swin has no position embeddings; its proj_drop_rate also covers what follows the patch embedding
-    kwargs |= {} if is_swin else {"pos_drop_rate": config.backbone_dropout}
     from_timm = config.pretrained and config.checkpoint is None
-    if is_embedded:
+    # By timm's name: value, and the option it comes from. A model that lacks an option's argument refuses it; one
+    # without position embeddings has nothing to drop there, and takes images of any size.
+    rates = {
+        "proj_drop_rate": (config.backbone_dropout, "model.backbone_dropout"),
+        "drop_path_rate": (config.drop_path, "model.drop_path"),
+    }
+    arguments: dict[str, Any] = {name: value for name, (value, _) in rates.items()}
+    arguments["pos_drop_rate"] = config.backbone_dropout
+    model: Any
+    if config.name == embedded.NAME:
         if image_size not in (None, embedded.IMAGE_SIZE):
             raise ValueError(f"the embedded backbone takes images of {embedded.IMAGE_SIZE} pixels, not {image_size}")
-        model: nn.Module = embedded.create_embedded(num_classes, pretrained=from_timm, **kwargs)
+        model = embedded.create_embedded(num_classes, pretrained=from_timm, **arguments)
     else:
+        family(config.name)
         if image_size is not None:
-            kwargs["img_size"] = image_size
-        model = _create(config.name, pretrained=from_timm, num_classes=num_classes, **kwargs)
-        if not isinstance(model, (VisionTransformer, SwinTransformer)):
-            raise ValueError(f"model.name must be a timm VisionTransformer, {config.name} is a {type(model).__name__}")
-    assert isinstance(model, (VisionTransformer, SwinTransformer))
+            arguments["img_size"] = image_size
+        while True:
+            try:
+                model = _create(config.name, pretrained=from_timm, num_classes=num_classes, **arguments)
+                break
+            except TypeError as error:
+                unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+                if unknown is None or unknown[1] not in arguments:
+                    raise
+                value, option = rates.get(unknown[1], (0.0, ""))
+                if value:
+                    raise ValueError(f"{option} must be 0 for {config.name}, which has no such thing in timm") from None
+                del arguments[unknown[1]]
     if config.pretrained and config.checkpoint is not None:
         load_checkpoint(model, config.checkpoint, config.checkpoint_md5)
     for module in model.modules():
-        if isinstance(module, Attention):
+        if hasattr(module, "attn_drop") and isinstance(getattr(module, "proj_drop", None), nn.Dropout):
             module.proj_drop.p = 0.0  # the published backbones drop on the embeddings and in the MLPs only
     if config.head_init == "published":
         for head in classifiers(model):
@@ -64,11 +75,11 @@ def create_backbone(
     return model
 
 
-def _create(name: str, *, pretrained: bool, **kwargs: Any) -> nn.Module:
+def _create(name: str, *, pretrained: bool, **arguments: Any) -> nn.Module:
     try:
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
+        return timm.create_model(name, pretrained=pretrained, **arguments)
     except Exception as error:
-        if not pretrained:
+        if not pretrained or isinstance(error, TypeError):
             raise
         # The hub's clients raise errors of many kinds, and not all of them are public.
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -88,14 +99,6 @@ def family(name: str) -> str:
         near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
         raise ValueError(f"timm has no model {name!r}" + (f"; it has {near}, ..." if near else ""))
     return timm.model_entrypoint(name).__module__.rpartition(".")[2]
-
-
-def check_adaptable(config: ModelConfig) -> None:
-    """Raise ValueError for a backbone that adapters cannot be put into, before anything is downloaded for it."""
-    if config.name != embedded.NAME and family(config.name) == "swin_transformer":
-        raise ValueError(
-            f"{config.name}: Swin's adapters are not there yet; --method linear and --method full train Swin"
-        )
 
 
 def input_size(config: ModelConfig) -> int:

@@ -33,7 +33,7 @@ def create_embedded(num_classes: int, *, pretrained: bool = False, **kwargs: Any
     )
     assert isinstance(model, VisionTransformer)
     if pretrained:
-        with as_file(files("mosa_fast.assets") / "backbone.safetensors") as path:
+        with as_file(files("mosa_fast") / "assets" / "backbone.safetensors") as path:
             missing, unexpected = model.load_state_dict(load_file(path), strict=False)
         head = [f"head.{name}" for name in model.head.state_dict()]
         if missing != head or unexpected:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import timm
-import torch
 from torch import nn
+
+from mosa_fast.backbones.structure import structure_of
 
 
 def classifiers(model: nn.Module) -> tuple[nn.Module, ...]:
@@ -14,11 +15,15 @@ def classifiers(model: nn.Module) -> tuple[nn.Module, ...]:
 
     `timm.create_model(name, global_pool="map")` makes the pooling anew where the architecture has another one.
     """
-    timm_model: Any = model
-    heads = timm_model.get_classifier()
-    heads = heads if isinstance(heads, tuple) else (heads,)
     pooling = getattr(model, "attn_pool", None)
-    return heads if pooling is None or _pools_by_attention(timm_model) else (*heads, pooling)
+    return heads(model) if pooling is None or _pools_by_attention(model) else (*heads(model), pooling)
+
+
+def heads(model: nn.Module) -> tuple[nn.Module, ...]:
+    """What `get_classifier` gives: a module for each head, the identity where there are no classes."""
+    timm_model: Any = model
+    found = timm_model.get_classifier()
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _pools_by_attention(model: Any) -> bool:
@@ -26,5 +31,4 @@ def _pools_by_attention(model: Any) -> bool:
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     if not name or not timm.is_model(name):
         return True  # nobody can tell; what it has came with its weights
-    with torch.device("meta"):
-        return getattr(timm.create_model(name), "attn_pool", None) is not None
+    return getattr(structure_of(name), "attn_pool", None) is not None

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mosa_fast.config import DataConfig, check_choice
-from mosa_fast.data.splits import Splits
+from mosa_fast.config import DataConfig
+from mosa_fast.data.parts import Splits
 from mosa_fast.data.transforms import IMAGENET, Statistics, Transforms, image_transform, squash_transform
-
-FAMILIES = ("digits", "folder", "fgvc", "vtab", "gicd")
+from mosa_fast.options import check_choice, check_fields, facts_of
 
 
 def load_data(
@@ -26,8 +25,8 @@ def load_data(
     Raises:
         ValueError: the name is unknown, an option is not for this family, or files are missing or do not fit.
     """
-    check_choice("data.name", config.name, FAMILIES)
-    _check_options(config)
+    check_fields(config, "data.")
+    _check_family(config)
     if config.name == "digits":
         from mosa_fast.data.digits import load_digits
 
@@ -86,20 +85,12 @@ def tasks(family: str) -> tuple[str, ...]:
     return ()
 
 
-def _check_options(config: DataConfig) -> None:
+def _check_family(config: DataConfig) -> None:
     choices = tasks(config.name)
     if choices:
         check_choice("data.task", config.task, choices)
-    for option, families in _OPTIONS.items():
-        value, default = getattr(config, option), getattr(DataConfig(), option)
-        if value != default and config.name not in families:
-            raise ValueError(f"data.{option} is for {' and '.join(families)}, not for {config.name}")
-
-
-_OPTIONS = {
-    "task": ("fgvc", "vtab", "gicd"),
-    "mode": ("vtab", "gicd"),
-    "fraction": ("fgvc",),
-    "download": ("gicd",),
-    "normalisation": ("folder", "fgvc", "vtab", "gicd"),
-}
+    defaults = DataConfig()
+    for option, facts in facts_of(DataConfig).items():
+        is_set = getattr(config, option) != getattr(defaults, option)
+        if is_set and facts.families and config.name not in facts.families:
+            raise ValueError(f"data.{option} is for {' and '.join(facts.families)}, not for {config.name}")

@@ -10,7 +10,6 @@ from pathlib import Path, PurePosixPath
 
 ClassId = int | str
 Listed = list[tuple[str, ClassId]]  # (path relative to the images' folder, class id)
-PARTS = ("train", "val", "test")
 
 
 def class_labels(parts: Sequence[Listed]) -> dict[ClassId, int]:

@@ -1,7 +1,8 @@
 """`python -m mosa_fast.data.check --config X [--section.key value ...]`: is a data set what it should be?
 
-Counts images and classes of every part, reads every image, and looks for images that two parts share and for labels
-out of range. Exit code 0: nothing wrong; 1: what was found is listed; 2: the data set could not be opened at all.
+Counts images and classes of every part, reads every image, and looks for images that two parts have in common and
+for labels out of range. Exit code 0: nothing wrong; 1: what was found is listed; 2: the data set could not be opened at
+all.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from PIL import Image
 from torch.utils.data import TensorDataset
 
 from mosa_fast.data.images import ImageArrays, ImageFiles
-from mosa_fast.data.splits import Splits
+from mosa_fast.data.parts import Splits
 
 SHOWN = 10  # of each kind of problem
 ROWS_SHOWN = 20  # data sets with at most so many classes get a table of all of them
@@ -42,11 +43,7 @@ class Part:
 
 def check_splits(splits: Splits) -> tuple[list[str], list[str]]:
     """Read everything; what there is, and what is wrong with it, as lines of text."""
-    parts = [
-        read_part(name, dataset)
-        for name, dataset in (("train", splits.train), ("val", splits.val), ("test", splits.test))
-        if dataset is not None
-    ]
+    parts = [read_part(name, dataset) for name, dataset in splits.parts()]
     classes = splits.classes
     report = [line for part in parts for line in balance(part, classes)]
     if len(classes) <= ROWS_SHOWN:
@@ -128,7 +125,7 @@ def _digest(content: bytes) -> str:
 
 
 def _overlap(first: Part, second: Part) -> Iterator[str]:
-    """Images that two parts share: the same file, or the same bytes in another."""
+    """Images that two parts have in common: the same file, or the same bytes in another."""
     names, digests = set(first.names), dict(zip(first.digests, first.names, strict=True))
     for name, digest in zip(second.names, second.digests, strict=True):
         if name in names:
@@ -158,9 +155,8 @@ def _shorten(lines: list[str]) -> list[str]:
 
 def main() -> None:
     """Check the data set of a recipe; options are those of mosa_fast.train."""
-    from mosa_fast.command_line import one_line_errors
+    from mosa_fast.command_line import one_line_errors, parse
     from mosa_fast.data import load_data
-    from mosa_fast.train import parse
 
     with one_line_errors():
         config, _ = parse(sys.argv[1:])

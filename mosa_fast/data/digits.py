@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import TensorDataset
 
-from mosa_fast.data.split import stratified_split
-from mosa_fast.data.splits import Splits
+from mosa_fast.data.parts import Splits
+from mosa_fast.data.stratify import stratified_split
 
 TEST_PER_CLASS = 80
 VAL_PER_CLASS = 20
@@ -36,7 +36,7 @@ def load_digits(shots: int | None, image_size: int, seed: int) -> Splits:
     """
     if shots is not None and not 1 <= shots <= MAX_SHOTS:
         raise ValueError(f"data.shots must be 1 to {MAX_SHOTS} for digits, got {shots}")
-    with (files("mosa_fast.assets") / "digits.npz").open("rb") as handle, np.load(handle) as arrays:
+    with (files("mosa_fast") / "assets" / "digits.npz").open("rb") as handle, np.load(handle) as arrays:
         pixels, labels = arrays["images"], arrays["labels"].astype(np.int64)
     ink = torch.from_numpy(pixels).float()[:, None] / MAX_INK
     images = F.interpolate(ink, size=(image_size, image_size), mode="bilinear").expand(-1, 3, -1, -1) * 2 - 1

@@ -1,4 +1,4 @@
-"""The fine-grained sets with the split files of VPT, one by one or all five as one task (RECIPES: FGVC)."""
+"""The fine-grained sets with the split files of VPT, one by one or all five as one task (docs/data.md, FGVC)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 
 from mosa_fast.config import DataConfig
 from mosa_fast.data.annotations import (
-    PARTS,
     Listed,
     check_class_count,
     check_files,
@@ -18,7 +17,7 @@ from mosa_fast.data.annotations import (
     read_text,
 )
 from mosa_fast.data.images import ImageFiles
-from mosa_fast.data.splits import Splits
+from mosa_fast.data.parts import PARTS, Splits
 from mosa_fast.data.transforms import Transforms
 
 FIX = "data.root must hold train.json, val.json and test.json; `python -m mosa_fast.data.split` makes them"

@@ -7,8 +7,8 @@ from pathlib import Path
 from torchvision.datasets import ImageFolder
 
 from mosa_fast.data.images import ImageFiles
-from mosa_fast.data.split import stratified_split
-from mosa_fast.data.splits import Splits
+from mosa_fast.data.parts import Splits
+from mosa_fast.data.stratify import stratified_split
 from mosa_fast.data.transforms import Transforms
 
 

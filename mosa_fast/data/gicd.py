@@ -1,4 +1,4 @@
-"""CIFAR-100, FGVC-Aircraft and Food-101 through torchvision, which can download them (RECIPES: GICD)."""
+"""CIFAR-100, FGVC-Aircraft and Food-101 through torchvision, which can download them (docs/data.md, GICD)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torchvision.datasets import CIFAR100, FGVCAircraft, Food101
 from mosa_fast.config import DataConfig
 from mosa_fast.data.annotations import check_files
 from mosa_fast.data.images import ImageArrays, ImageFiles, Transform
-from mosa_fast.data.split import stratified_split
-from mosa_fast.data.splits import Splits
+from mosa_fast.data.parts import Splits
+from mosa_fast.data.stratify import stratified_split
 from mosa_fast.data.transforms import Transforms
 
 TASKS = {"cifar100": 100, "aircraft": 100, "food101": 101}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,15 +18,43 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
 from mosa_fast.data.images import ImageArrays
-from mosa_fast.data.splits import Splits
+from mosa_fast.data.parts import Splits
+from mosa_fast.data.step_sampler import StepSampler, StepSlice
 
 PREFETCH = 4  # batches that each worker loads ahead
 DECODE_THREADS = 16  # Pillow decodes without holding Python's lock
 UNREADABLE = (OSError, SyntaxError, EOFError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
-Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's part of a step, or of an evaluation.
+
+    Attributes:
+        images: float32 `[B, 3, H, W]`.
+        labels: int64 `[B]`.
+        first: place of the first image in the step's batch, over all processes.
+        count: images that count: B, or 0 where this process has none and stands in with another's.
+        total: images of the step, over all processes.
+    """
+
+    images: Tensor
+    labels: Tensor
+    first: int
+    count: int
+    total: int
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on a device; a copy from pinned memory is not waited for."""
+        images, labels = (tensor.to(device, non_blocking=True) for tensor in (self.images, self.labels))
+        return replace(self, images=images, labels=labels)
+
+    def pin_memory(self) -> Batch:
+        """The batch with its tensors in pinned memory; torch's loader calls it."""
+        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
 
 
 def train_loader(
@@ -36,7 +64,8 @@ def train_loader(
     *,
     workers: int = 0,
     pin: bool = False,
-    share: Share | None = None,
+    rank: int = 0,
+    world: int = 1,
 ) -> DataLoader[Any]:
     """Shuffled batches of one rank; its `batch_sampler` is a StepSampler.
 
@@ -46,9 +75,9 @@ def train_loader(
         seed: of order and transforms.
         workers: processes that load.
         pin: put batches into pinned memory, from where a GPU copies without waiting.
-        share: cuts this rank's part out of a step's batch; None: all of it.
+        rank, world: this process, and how many there are.
     """
-    sampler = StepSampler(len(dataset), batch_size, seed, share)  # type: ignore[arg-type]
+    sampler = StepSampler(len(dataset), batch_size, seed, rank, world)  # type: ignore[arg-type]
     return _loader(dataset, sampler, seed, workers, pin, keep_workers=True)
 
 
@@ -57,8 +86,11 @@ def evaluation_loader(
 ) -> DataLoader[Any]:
     """Every `world`-th image from `rank` on, in order: each image is seen by exactly one rank."""
     mine = range(rank, len(dataset), world)  # type: ignore[arg-type]
-    batches = [[(0, index) for index in mine[start : start + batch_size]] for start in range(0, len(mine), batch_size)]
-    return _loader(dataset, batches, 0, workers, pin, keep_workers=False)
+    slices = []
+    for start in range(0, len(mine), batch_size):
+        indices = list(mine[start : start + batch_size])
+        slices.append(StepSlice(0, indices, 0, len(indices), len(indices)))
+    return _loader(dataset, slices, 0, workers, pin, keep_workers=False)
 
 
 def batches(loader: DataLoader[Any]) -> Iterator[Batch]:
@@ -75,37 +107,6 @@ def batches(loader: DataLoader[Any]) -> Iterator[Batch]:
         yield batch
 
 
-Share = Callable[[int], tuple[int, int]]
-
-
-class StepSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) for one rank: its contiguous slice of each step's batch, from a given step on.
-
-    A slice that would be empty is the step's first image, so that every rank takes part in every step; the loop gives
-    it no weight.
-    """
-
-    def __init__(self, samples: int, batch_size: int, seed: int, share: Share | None = None) -> None:
-        self.samples, self.batch_size, self.seed = samples, batch_size, seed
-        self.share = share or (lambda size: (0, size))
-        self.epoch, self.first_step = 0, 0
-
-    def set_position(self, epoch: int, first_step: int) -> None:
-        """What the next iteration gives: the batches of `epoch` from `first_step` on."""
-        self.epoch, self.first_step = epoch, first_step
-
-    def __len__(self) -> int:
-        return -(-self.samples // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.samples).tolist()
-        epoch = self.epoch
-        for start in range(self.first_step * self.batch_size, self.samples, self.batch_size):
-            batch = order[start : start + self.batch_size]
-            first, last = self.share(len(batch))
-            yield [(epoch, index) for index in (batch[first:last] or batch[:1])]
-
-
 @dataclass
 class Unreadable:
     """Stands in for an image that could not be read, so that the main process can name it."""
@@ -115,14 +116,18 @@ class Unreadable:
 
 
 class SeededDataset(Dataset[Any]):
-    """Items by (epoch, index); whatever its transforms draw from torch is a function of (seed, epoch, index)."""
+    """The items of a step; whatever their transforms draw from torch is a function of (seed, epoch, index)."""
 
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:
         self.dataset, self.seed = dataset, seed
         self.draws = not isinstance(dataset, TensorDataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> Any:
-        epoch, index = key
+    def __getitems__(self, part: StepSlice) -> tuple[StepSlice, list[Any]]:
+        """What torch's loader asks for: all items of a batch, with what the sampler says about it."""
+        return part, [self.item(part.epoch, index) for index in part.indices]
+
+    def item(self, epoch: int, index: int) -> Any:
+        """(image, label), or an Unreadable."""
         if self.draws:
             words = np.random.SeedSequence((self.seed, epoch, index)).generate_state(2, np.uint32)
             torch.default_generator.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
@@ -132,9 +137,14 @@ class SeededDataset(Dataset[Any]):
             return Unreadable(item_name(self.dataset, index), f"{type(error).__name__}: {error}".splitlines()[0])
 
 
-def collate(items: list[Any]) -> Any:
+def collate(loaded: tuple[StepSlice, list[Any]]) -> Batch | Unreadable:
     """A batch, or the first of its images that could not be read."""
-    return next((item for item in items if isinstance(item, Unreadable)), None) or default_collate(items)
+    part, items = loaded
+    broken = next((item for item in items if isinstance(item, Unreadable)), None)
+    if broken is not None:
+        return broken
+    images, labels = default_collate(items)
+    return Batch(images, labels, part.first, part.count, part.total)
 
 
 def item_name(dataset: Any, index: int) -> str:
@@ -151,8 +161,7 @@ def drop_unreadable(splits: Splits) -> Splits:
     Raises:
         ValueError: a part, or a class of the training images, has nothing left.
     """
-    present = [part for part in ("train", "val", "test") if getattr(splits, part) is not None]
-    kept = {part: _readable(getattr(splits, part)) for part in present}
+    kept = {name: _readable(part) for name, part in splits.parts()}
     labels = [splits.train_labels[index] for index in kept["train"]]
     empty = sorted(set(splits.train_labels) - set(labels))
     if empty:
@@ -221,9 +230,9 @@ def _readable(dataset: Dataset[Any]) -> list[int]:
     if isinstance(dataset, TensorDataset):
         return list(range(samples))
     with ThreadPoolExecutor(DECODE_THREADS) as pool:
-        items = pool.map(SeededDataset(dataset, 0).__getitem__, ((0, index) for index in range(samples)))
+        seeded = SeededDataset(dataset, 0)
         kept = []
-        for index, item in enumerate(items):
+        for index, item in enumerate(pool.map(lambda index: seeded.item(0, index), range(samples))):
             if isinstance(item, Unreadable):
                 print(f"left out: {item.name} cannot be read ({item.reason})", file=sys.stderr)
             else:
@@ -234,14 +243,14 @@ def _readable(dataset: Dataset[Any]) -> list[int]:
 
 
 def _loader(
-    dataset: Dataset[Any], batches: Any, seed: int, workers: int, pin: bool, *, keep_workers: bool
+    dataset: Dataset[Any], slices: Any, seed: int, workers: int, pin: bool, *, keep_workers: bool
 ) -> DataLoader[Any]:
     if isinstance(dataset, TensorDataset):
         workers = 0  # in memory already
     return DataLoader(
         SeededDataset(dataset, seed),
-        batch_sampler=batches,
-        collate_fn=collate,
+        batch_sampler=slices,
+        collate_fn=collate,  # type: ignore[arg-type]  # it gets what __getitems__ gives, not a list of items
         num_workers=workers,
         pin_memory=pin,
         persistent_workers=keep_workers and workers > 0,

@@ -1,4 +1,4 @@
-"""Cutting a data set into parts, class by class; as a command, split files for sets without public ones."""
+"""`python -m mosa_fast.data.split IMAGES`: split files for data sets without public ones (family fgvc)."""
 
 from __future__ import annotations
 
@@ -11,40 +11,10 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from mosa_fast.data.stratify import stratified_split
 from mosa_fast.files import write_atomically
 
 BIRD_LISTS = ("images.txt", "image_class_labels.txt", "train_test_split.txt")  # of CUB and NABirds
-
-
-def stratified_split(labels: Sequence[int], take: int | float, seed: int) -> tuple[list[int], list[int]]:
-    """Split indices in two so that every class gives its part.
-
-    Args:
-        labels: class of every element.
-        take: how much of each class goes to the first part: a count, or a fraction (rounded, at least one element
-            where the class has two or more).
-        seed: fixes the choice.
-
-    Returns:
-        Indices of the first and of the second part, each in ascending order.
-
-    Raises:
-        ValueError: a class has fewer elements than the count.
-    """
-    rng = np.random.default_rng(seed)
-    label_array = np.asarray(labels)
-    first: list[int] = []
-    for label in np.unique(label_array):
-        members = rng.permutation(np.flatnonzero(label_array == label))
-        if isinstance(take, float):
-            count = min(max(1, round(take * len(members))), len(members) - 1)
-        elif take > len(members):
-            raise ValueError(f"class {label} has {len(members)} images, {take} are asked for")
-        else:
-            count = take
-        first += members[:count].tolist()
-    chosen = set(first)
-    return sorted(first), [index for index in range(len(label_array)) if index not in chosen]
 
 
 def make_split_files(
@@ -56,7 +26,7 @@ def make_split_files(
     fractions: Sequence[float] = (),
     seed: int = 3407,
 ) -> dict[str, int]:
-    """Write train.json, val.json, test.json and a train_<fraction>.json for each fraction (RECIPES: FGVC).
+    """Write train.json, val.json, test.json and a train_<fraction>.json for each fraction (docs/data.md, FGVC).
 
     Args:
         rows: (path, class id, whether it is a test image) of every image; None, not known, for all of them or none.

@@ -1,4 +1,4 @@
-"""From image files to tensors (RECIPES: Images)."""
+"""From image files to tensors (docs/data.md, Image folders)."""
 
 from __future__ import annotations
 

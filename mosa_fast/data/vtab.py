@@ -1,4 +1,4 @@
-"""VTAB-1k in the folders of NOAH and PETL-ViT (RECIPES: VTAB-1k)."""
+"""VTAB-1k in the folders of NOAH and PETL-ViT (docs/data.md, VTAB-1k)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from mosa_fast.config import DataConfig
 from mosa_fast.data.annotations import check_files, read_lines
 from mosa_fast.data.images import ImageFiles
-from mosa_fast.data.splits import Splits
+from mosa_fast.data.parts import Splits
 from mosa_fast.data.transforms import Transforms
 
 GROUPS = {

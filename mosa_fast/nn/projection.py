@@ -89,6 +89,11 @@ class SparseProjection(nn.Module):
         self.owner = self.init = self.bias_owner = None
         self.experts = 1
 
+    @property
+    def merged_parameters(self) -> int:
+        """Number of values that remain after merging: the weight and one bias vector."""
+        return self.weight.numel() + self.weight.shape[0]
+
     def check(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Check the values of this projection's owner maps in `tensors`, which came from a file.
 

@@ -20,7 +20,7 @@ SCALE = DROPOUT = 0.1  # AdaptFormer's: by itself the layer is an adapter parall
 class SparseAdapter(nn.Module):
     """A bottleneck adapter whose weights are split among experts (paper, section 3).
 
-    `y = x + skip + scale * up_e(drop(gelu(down_e(norm(x)))))`: parallel to a frozen branch whose output is `skip`.
+    `y = x + skip + scale * up_e(drop(act(down_e(norm(x)))))`: parallel to a frozen branch whose output is `skip`.
     A training pass computes with one expert of each split projection; evaluation with all of them merged, always
     from the current weights.
 
@@ -28,10 +28,12 @@ class SparseAdapter(nn.Module):
         dim: width D of the tokens.
         bottleneck: width r of the adapter.
         experts: number of experts E, 1 to 255.
+        activation: "gelu" (exact), "relu" or "silu".
         scale: factor on the output: a number, or "trainable" (learned, from 1.0).
         dropout: probability of dropping a hidden activation.
         share, bias, merge: see `MoSAConfig`.
-        norm_eps: eps of the adapter's LayerNorm (norm2's of the block it sits in).
+        norm: normalise what is read, with a LayerNorm of the adapter's own.
+        norm_eps: its eps (norm2's of the block it sits in).
         generator: CPU generator of owner maps and initial weights; torch's global one when None.
 
     Shapes:
@@ -47,11 +49,13 @@ class SparseAdapter(nn.Module):
         bottleneck: int = 64,
         experts: int = 4,
         *,
+        activation: str = "gelu",
         share: str = "down",
         scale: float | str = SCALE,
         dropout: float = DROPOUT,
         bias: str = "per_expert",
         merge: str = "mean",
+        norm: bool = True,
         norm_eps: float = 1e-6,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
@@ -61,6 +65,7 @@ class SparseAdapter(nn.Module):
         self.config = MoSAConfig(
             bottleneck=bottleneck,
             experts=experts,
+            activation=activation,  # type: ignore[arg-type]
             share=share,  # type: ignore[arg-type]  # checked by the config
             scale=scale,  # type: ignore[arg-type]
             dropout=dropout,
@@ -68,7 +73,8 @@ class SparseAdapter(nn.Module):
             merge=merge,  # type: ignore[arg-type]
         )
         config = self.config
-        self.norm = nn.LayerNorm(dim, eps=norm_eps, device=device, dtype=dtype)
+        self.activation = activation
+        self.norm = nn.LayerNorm(dim, eps=norm_eps, device=device, dtype=dtype) if norm else None
         self.down = SparseProjection(
             dim,
             bottleneck,
@@ -100,20 +106,28 @@ class SparseAdapter(nn.Module):
 
     @classmethod
     def from_config(
-        cls, config: MoSAConfig, dim: int, *, scale: float | str, dropout: float, **options: Any
+        cls,
+        config: MoSAConfig,
+        dim: int,
+        *,
+        activation: str,
+        scale: float | str,
+        dropout: float,
+        **options: Any,
     ) -> SparseAdapter:
         """One adapter of a model: it holds the very configuration that the model was given.
 
         Args:
             config: of the model.
             dim: width D of the tokens.
-            scale, dropout: what the placement makes of the configuration's.
-            options: norm_eps, generator, device, dtype.
+            activation, scale, dropout: what the placement makes of the configuration's.
+            options: norm, norm_eps, generator, device, dtype.
         """
         adapter = cls(
             dim,
             config.bottleneck,
             config.experts,
+            activation=activation,
             share=config.share,
             scale=scale,
             dropout=dropout,
@@ -132,6 +146,7 @@ class SparseAdapter(nn.Module):
         *,
         seed: Tensor | int | None = None,
         fork: bool = False,
+        add_input: bool = True,
     ) -> Tensor:
         """Apply the adapter.
 
@@ -142,8 +157,9 @@ class SparseAdapter(nn.Module):
                 in evaluation. The id -1 is always the mean merge, also where the layer's own merge is joint.
             seed: of the dropout and of the draw: an int, or int64 `[1]` or `[2]` (`mosa_fast.routing`). None: fresh.
             fork: let each of the V groups read all of x.
+            add_input: add x to the result.
         """
-        dropout = self.dropout if self.training else 0.0
+        norm, dropout = self.norm, self.dropout if self.training else 0.0
         down_init = self.down.init
         draws = self.training and experts is None
         # Nothing is taken from torch's random state where nothing is random.
@@ -157,8 +173,8 @@ class SparseAdapter(nn.Module):
         return sparse_adapter(
             x,
             skip,
-            self.norm.weight,
-            self.norm.bias,
+            None if norm is None else norm.weight,
+            None if norm is None else norm.bias,
             self.down.weight,
             self.down.bias_rows(),
             self.up.weight,
@@ -167,12 +183,13 @@ class SparseAdapter(nn.Module):
             self.down.owner,
             self.up.owner,
             experts,
-            activation="gelu",
+            activation=self.activation,
             scale=self.scale,
             dropout=dropout,
             seed=key,
+            add_input=add_input,
             fork=fork,
-            eps=self.norm.eps,
+            eps=1.0 if norm is None else norm.eps,
         )
 
     def merge(self) -> None:
@@ -185,10 +202,11 @@ class SparseAdapter(nn.Module):
     def merged_parameters(self) -> int:
         """Number of trained values that remain after merging: weights, one bias vector each, norm, trained scale."""
         trained_scale = self.scale.numel() if isinstance(self.scale, nn.Parameter) else 0
-        projections = sum(p.weight.numel() + p.weight.shape[0] for p in (self.down, self.up))
-        return projections + 2 * self.norm.weight.numel() + trained_scale
+        projections = self.down.merged_parameters + self.up.merged_parameters
+        norm = 0 if self.norm is None else sum(parameter.numel() for parameter in self.norm.parameters())
+        return projections + norm + trained_scale
 
     def extra_repr(self) -> str:
         """What repr shows."""
         scale = "trainable" if isinstance(self.scale, nn.Parameter) else self.scale
-        return f"scale={scale}, dropout={self.dropout}"
+        return f"activation={self.activation}, scale={scale}, dropout={self.dropout}"

@@ -71,11 +71,6 @@ def join_ranks(device_name: str) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def rank_slice(samples: int, rank: int, world: int) -> tuple[int, int]:
-    """The part [first, last) of a step's batch that a rank works on: contiguous, sizes differ by at most one."""
-    return samples * rank // world, samples * (rank + 1) // world
-
-
 def pick_device(name: str) -> torch.device:
     """The device that a configuration names; "auto" is a GPU where there is one.
 

@@ -8,17 +8,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from mosa_fast.backbones.frozen import set_training
 from mosa_fast.config import Precision
 from mosa_fast.data.loading import batches
 from mosa_fast.training.distributed import Ranks
 from mosa_fast.training.precision import autocast, input_dtype
-from mosa_fast.training.signals import StopSignals
+from mosa_fast.training.signals import StopAsked, StopSignals
 
 BATCH_FACTOR = 4  # evaluation keeps no activations, so its batches can be larger than the steps'
-
-
-class EvaluationStopped(Exception):
-    """A signal came; there is no number."""
 
 
 @torch.no_grad()
@@ -39,21 +36,21 @@ def evaluate(
         stop: looked at between batches, where there is one process.
 
     Raises:
-        EvaluationStopped: a signal came.
+        StopAsked: a signal came; there is no number.
     """
     training = model.training
-    model.eval()
+    set_training(model, False)
     counts = torch.zeros(2, dtype=torch.int64, device=ranks.device)
     try:
-        for images, labels in batches(loader):
+        for batch in batches(loader):
             if stop is not None and stop.received is not None and ranks.world == 1:
-                raise EvaluationStopped
-            images = images.to(ranks.device, input_dtype(precision), non_blocking=True)
+                raise StopAsked
+            images = batch.images.to(ranks.device, input_dtype(precision), non_blocking=True)
             with autocast(precision, ranks.device):
                 logits = model(images)
-            correct = (logits.argmax(1) == labels.to(ranks.device, non_blocking=True)).sum()
-            counts += torch.stack([correct, torch.full_like(correct, len(labels))])
+            correct = (logits.argmax(1) == batch.labels.to(ranks.device, non_blocking=True)).sum()
+            counts += torch.stack([correct, torch.full_like(correct, batch.count)])
     finally:
-        model.train(training)
+        set_training(model, training)
     correct, seen = ranks.sum(counts).tolist()
     return 100 * correct / max(1, seen)

@@ -1,4 +1,4 @@
-"""The two-view loss (METHOD: Loss; paper, section 3.4)."""
+"""The two-view loss (docs/method.md, Loss; paper, section 3.4)."""
 
 from __future__ import annotations
 

@@ -6,44 +6,55 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mosa_fast.adapters.model import AdaptedModel, adapt, adapters
-from mosa_fast.backbones.create import check_adaptable, create_backbone
+from mosa_fast.adapters.model import adapt
+from mosa_fast.adapters.seams import check_adaptable
+from mosa_fast.adapters.summary import summary
+from mosa_fast.backbones import embedded
+from mosa_fast.backbones.create import create_backbone, family
 from mosa_fast.backbones.heads import classifiers
 from mosa_fast.config import TrainConfig
+from mosa_fast.methods import METHODS
+
+
+def check_model(config: TrainConfig) -> None:
+    """Raise ValueError for a method that the backbone does not allow, before anything is read or downloaded."""
+    if METHODS[config.method].has_adapters and config.model.name != embedded.NAME:
+        family(config.model.name)
+        check_adaptable(config.model.name)
 
 
 def build_model(config: TrainConfig, num_classes: int) -> Any:
-    """Backbone, head and, for the method "mosa", adapters; what is not trained is frozen."""
-    if config.method == "mosa":
-        check_adaptable(config.model)
+    """Backbone, head and, where the method has them, adapters; what is not trained is frozen.
+
+    Returns:
+        A timm model, or an adapted one.
+    """
+    check_model(config)
+    method = METHODS[config.method]
     torch.manual_seed(config.seed)  # the head's initial weights
-    backbone = config.model if config.method != "scratch" else replace(config.model, pretrained=False)
-    model = create_backbone(backbone, num_classes, config.data.image_size)
-    if config.method == "mosa":
-        return adapt(model, config.adapter)
-    if config.method == "linear":
+    backbone = replace(config.model, pretrained=config.model.pretrained and method.pretrained)
+    model: Any = create_backbone(backbone, num_classes, config.data.image_size)
+    trained = [p for p in method.trained(model, classifiers(model)) if p.requires_grad]
+    if method.adapters is None:
         model.requires_grad_(False)
-        for head in classifiers(model):
-            head.requires_grad_(True)
+    else:
+        model = adapt(model, replace(config.adapter, **method.adapters))
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    if config.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError):
+            raise ValueError(f"grad_checkpointing: {config.model.name} has no such thing in timm") from None
     return model
 
 
-def forward(
-    model: nn.Module, images: Tensor, views: int, seed: Tensor | None, block_outputs: list[Tensor] | None = None
-) -> Tensor:
-    """Logits `[V * B, classes]`; the seed is for adapted models, others have one deterministic view."""
-    if isinstance(model, AdaptedModel):
-        return model(images, views=views, seed=seed, block_outputs=block_outputs)
-    return model(images)
-
-
 def count_trained(model: nn.Module) -> dict[str, int]:
-    """Trained weights: of the adapter after merging (without the head), and of the head."""
-    heads = {id(p) for head in classifiers(model) for p in head.parameters()}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    body = sum(p.numel() for p in trained if id(p) not in heads)
-    if isinstance(model, AdaptedModel):
-        body = sum(adapter.merged_parameters for adapter in adapters(model))
-    return {"trained_weights": body, "head_weights": sum(p.numel() for p in trained if id(p) in heads)}
+    """Trained weights: of the head, and of all else; of adapters, those that remain after merging."""
+    counts = summary(model)
+    return {
+        "trained_weights": counts["adapters"].merged + counts["backbone"].trained,
+        "head_weights": counts["head"].trained,
+    }

@@ -10,8 +10,8 @@ from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 BETAS = (0.9, 0.999)
-EPS = 1e-6  # RECIPES: Training recipes
-MOMENTUM = 0.9  # of SGD; RECIPES: Training recipes, linear probe
+EPS = 1e-6  # docs/data.md, Training recipes
+MOMENTUM = 0.9  # of SGD; docs/data.md, Training recipes: linear probe
 
 
 def make_optimizer(

@@ -10,8 +10,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mosa_fast.backbones.heads import classifiers
@@ -32,8 +30,8 @@ def input_dtype(precision: Precision) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16-true" else torch.float32
 
 
-def store_frozen(model: VisionTransformer | SwinTransformer, precision: Precision) -> None:
-    """Convert the frozen weights to the dtype they are used in, in place."""
+def store_frozen(model: Any, precision: Precision) -> None:
+    """Convert the frozen weights of a timm model, adapted or not, to the dtype they are used in, in place."""
     if precision in AUTOCAST:
         for module in model.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):

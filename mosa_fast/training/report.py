@@ -1,4 +1,4 @@
-"""What a run leaves for people: metrics.jsonl, summary.json, curves.png and the closing table."""
+"""What a run leaves for people: a line an epoch, curves, and the closing table."""
 
 from __future__ import annotations
 
@@ -7,30 +7,45 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mosa_fast.files import write_atomically
+from mosa_fast.run_folder import RunFolder
 
 
 class MetricsLog:
     """One JSON object a line, one line an epoch.
 
     Args:
-        path: the file; what it held is replaced by `rows`, which a resumed run took from its checkpoint.
-        rows: of the epochs before.
+        path: the file.
+        enabled: False: nothing is written.
+
+    Attributes:
+        rows: of the epochs so far.
     """
 
-    def __init__(self, path: Path, rows: list[dict[str, Any]] | None = None) -> None:
-        self.path = path
-        self.rows: list[dict[str, Any]] = list(rows or [])
-        text = "".join(json.dumps(row) + "\n" for row in self.rows)
-        write_atomically(path, lambda temporary: temporary.write_text(text))
+    def __init__(self, path: Path, *, enabled: bool = True) -> None:
+        self.path, self.enabled = path, enabled
+        self.rows: list[dict[str, Any]] = []
+
+    def begin(self) -> None:
+        """Let the file hold the rows so far: those of the checkpoint that a run is resumed from, or none."""
+        if self.enabled:
+            text = "".join(json.dumps(row) + "\n" for row in self.rows)
+            write_atomically(self.path, lambda temporary: temporary.write_text(text))
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row to the file and to `rows`."""
         self.rows.append(row)
-        with self.path.open("a") as handle:
-            handle.write(json.dumps(row) + "\n")
+        if self.enabled:
+            with self.path.open("a") as handle:
+                handle.write(json.dumps(row) + "\n")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.rows = state["rows"]
 
 
 def versions() -> dict[str, str]:
@@ -46,35 +61,6 @@ def versions() -> dict[str, str]:
         "timm": timm.__version__,
         "python": platform.python_version(),
     }
-
-
-def write_run(out: Path, config: dict[str, Any], classes: list[str]) -> None:
-    """What evaluation and prediction need of a run beside its weights: config.yaml and classes.json.
-
-    config.yaml is the resolved configuration and can be given to `--config`.
-    """
-    text = yaml.safe_dump(config, sort_keys=False)
-    write_atomically(out / "config.yaml", lambda temporary: temporary.write_text(text))
-    names = json.dumps(classes, indent=0, ensure_ascii=False) + "\n"
-    write_atomically(out / "classes.json", lambda temporary: temporary.write_text(names, encoding="utf-8"))
-
-
-def write_summary(path: Path, summary: dict[str, Any]) -> None:
-    """Write all numbers of a run as JSON."""
-    text = json.dumps(summary, indent=2) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))
-
-
-def read_summary(path: Path) -> dict[str, Any]:
-    """The inverse of `write_summary`.
-
-    Raises:
-        ValueError: it is not such a file.
-    """
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
 
 
 def plot_curves(path: Path, rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
@@ -112,9 +98,8 @@ def format_table(rows: list[tuple[str, str]]) -> str:
     return "\n".join([rule, *(f"{name:<{left}}  {value}" for name, value in rows), rule])
 
 
-def closing_table(summary: dict[str, Any], weights_file: Path) -> str:
+def closing_table(summary: dict[str, Any], folder: RunFolder, weights: Path) -> str:
     """The table at the end of a run."""
-    out = weights_file.parent
     rows = [("validation accuracy", "none: trained on the validation images too, the last epoch counts")]
     if summary["val_accuracy"] is not None:
         rows = [("validation accuracy", f"{summary['val_accuracy']:.2f} %  (epoch {summary['selected_epoch']})")]
@@ -124,9 +109,9 @@ def closing_table(summary: dict[str, Any], weights_file: Path) -> str:
     rows += [
         ("trained weights", f"{summary['trained_weights']:,} + head {summary['head_weights']:,}"),
         ("time", f"{summary['seconds']:.0f} s, {summary['steps']} steps on {summary['device']}"),
-        ("weights", str(weights_file)),
-        ("metrics", str(out / "metrics.jsonl")),
-        ("summary", str(out / "summary.json")),
-        ("curves", str(out / "curves.png")),
+        ("weights", str(weights)),
+        ("metrics", str(folder.metrics)),
+        ("summary", str(folder.summary)),
+        ("curves", str(folder.curves)),
     ]
     return format_table(rows)

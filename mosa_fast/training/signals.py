@@ -20,6 +20,10 @@ class Interrupted(Exception):
         self.signal = number
 
 
+class StopAsked(Exception):
+    """A signal came, and this is a moment at which the run can save itself."""
+
+
 class StopSignals:
     """Inside this context SIGTERM and SIGINT are remembered; a second one stops at once.
 

@@ -11,11 +11,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from mosa_fast.adapters.model import AdaptedModel
 from mosa_fast.backbones.frozen import draws_random_numbers
 from mosa_fast.config import LossConfig, Precision
+from mosa_fast.data.loading import Batch
 from mosa_fast.routing import step_seed
+from mosa_fast.training.distributed import Ranks
 from mosa_fast.training.losses import DEEP_BLOCKS, mosa_loss
-from mosa_fast.training.model import forward
+from mosa_fast.training.position import Position
 from mosa_fast.training.precision import autocast, input_dtype
 
 GRAPH_WARMUP = 3  # steps taken eagerly before the capture, so that everything lazy has been set up
@@ -33,10 +36,13 @@ class Objective(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
         """The mean loss of a batch, and how many of its first view's predictions are right."""
-        outputs: list[Tensor] | None = [] if self.config.deep_reg else None
+        outputs: list[Tensor] | None = [] if self.config.deep_reg and self.config.views > 1 else None
         with autocast(self.precision, images.device):
             images = images.to(input_dtype(self.precision))
-            logits = forward(self.model, images, self.config.views, seed, outputs)
+            if isinstance(self.model, AdaptedModel):
+                logits = self.model(images, views=self.config.views, seed=seed, block_outputs=outputs)
+            else:
+                logits = self.model(images)
         weights: Any = self.class_weights
         loss = mosa_loss(logits, labels, self.config, weights, outputs and outputs[:DEEP_BLOCKS])
         return loss, (logits[: len(labels)].argmax(1) == labels).sum()
@@ -51,15 +57,15 @@ class TrainStep:
         objective: an Objective, or DistributedDataParallel around one.
         optimizer: a fused one (it can leave out an update without the host knowing).
         schedule: of the learning rate, per step.
+        position: of the run; a step moves it on.
+        ranks: the processes, and the device where the model is.
         seed: of the run.
         scale_loss: fp16: scale the loss so that small gradients survive.
         accumulate: parts that a batch is worked through in.
-        rank, world: this process among those of the run.
-        device: where the model is.
 
     Attributes:
-        step: int64 scalar on the device, the number of steps taken.
-        sums: float64 `[3]` on the device since `reset`: loss times images, right predictions, images.
+        step: int64 scalar, the position's steps on the device.
+        sums: float64 `[3]` on the device since `reset_sums`: loss times images, right predictions, images.
         bad: int64 `[3]` on the device: bad steps in a row now, the most in a row ever, all.
     """
 
@@ -68,71 +74,92 @@ class TrainStep:
         objective: nn.Module,
         optimizer: Optimizer,
         schedule: LambdaLR,
+        position: Position,
+        ranks: Ranks,
         *,
         seed: int,
-        device: torch.device,
         scale_loss: bool = False,
         accumulate: int = 1,
-        rank: int = 0,
-        world: int = 1,
     ) -> None:
-        self.objective, self.optimizer, self.schedule = objective, optimizer, schedule
+        self.objective, self.optimizer, self.schedule, self.position = objective, optimizer, schedule, position
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.scaler = torch.amp.GradScaler(device.type, enabled=scale_loss)
-        self.seed, self.accumulate, self.rank, self.world, self.device = seed, accumulate, rank, world, device
-        self.steps_taken = 0
-        self.step = torch.zeros((), dtype=torch.int64, device=device)
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
-        self.bad = torch.zeros(3, dtype=torch.int64, device=device)
+        self.ranks, self.device = ranks, ranks.device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scale_loss)
+        self.seed, self.accumulate = seed, accumulate
+        self.step = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self.bad = torch.zeros(3, dtype=torch.int64, device=self.device)
         self.backbone_draws = draws_random_numbers(objective)
 
-    def set_steps(self, steps: int) -> None:
-        """Go on as if so many steps had been taken."""
-        self.steps_taken = steps
-        self.step.fill_(steps)
-
-    def __call__(self, images: Tensor, labels: Tensor, first_sample: int, count: int, total: int) -> None:
-        """Take a step on this process's part of a batch.
-
-        Args:
-            images: `[B, 3, H, W]` on the device.
-            labels: int64 `[B]`.
-            first_sample: place of the first image in the whole batch.
-            count: images that count: B, or 0 where this process has none and stands in with another's.
-            total: images of the whole batch, over all processes.
-        """
+    def __call__(self, batch: Batch) -> None:
+        """Take a step on this process's part of a batch, which is on the device."""
         self.seed_backbone()
-        self.compute(images, labels, first_sample, count, total)
+        self.compute(batch)
         self.advance()
 
     def seed_backbone(self) -> None:
         """Make what a frozen backbone's own dropout and drop-path draw a function of (seed, step, rank)."""
         if self.backbone_draws:
-            torch.manual_seed((self.seed * 1_000_003 + self.steps_taken) * self.world + self.rank)
+            torch.manual_seed((self.seed * 1_000_003 + self.position.steps) * self.ranks.world + self.ranks.rank)
 
     def advance(self) -> None:
         """The host's part of a step: it counts, and sets the next learning rate."""
         self.schedule.step()
-        self.steps_taken += 1
+        self.position.steps += 1
 
-    def compute(self, images: Tensor, labels: Tensor, first_sample: int, count: int, total: int) -> None:
-        """The device's part of a step; the arguments are those of `__call__`."""
+    def averages(self) -> tuple[float, float]:
+        """Mean loss, and accuracy of the first view in percent, over all processes since `reset_sums`; this waits."""
+        loss, right, seen = self.ranks.sum(self.sums).tolist()
+        return loss / max(1.0, seen), 100 * right / max(1.0, seen)
+
+    def reset_sums(self) -> None:
+        """Begin to average anew."""
+        self.sums.zero_()
+
+    def count_bad_steps(self, most: int) -> int:
+        """The number of bad steps so far; this waits for the device.
+
+        Raises:
+            ValueError: there were `most` of them in a row.
+        """
+        _, longest, total = self.bad.tolist()
+        if longest >= most:
+            raise ValueError(
+                f"training diverged: the gradients of {longest} steps in a row were not finite (by step "
+                f"{self.position.steps}); try a lower optim.lr or a longer warm-up. The last checkpoint is kept"
+            )
+        return total
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"sums": self.sums, "bad": self.bad, "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there; the position has been loaded before."""
+        self.step.fill_(self.position.steps)
+        self.sums.copy_(state["sums"])
+        self.bad.copy_(state["bad"])
+        self.scaler.load_state_dict(state["scaler"])
+
+    def compute(self, batch: Batch) -> None:
+        """The device's part of a step."""
         self.optimizer.zero_grad()
-        parts = min(self.accumulate, len(labels))
-        start, losses, right = first_sample, [], []
-        for part, (x, y) in enumerate(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)):
+        parts = min(self.accumulate, len(batch.labels))
+        start, losses, right = batch.first, [], []
+        pairs = zip(batch.images.tensor_split(parts), batch.labels.tensor_split(parts), strict=True)
+        for part, (x, y) in enumerate(pairs):
             seed = step_seed(self.seed, self.step, start, self.device)
             wrapped = isinstance(self.objective, DistributedDataParallel)
             with self.objective.no_sync() if wrapped and part < parts - 1 else nullcontext():  # type: ignore[operator]
                 loss, correct = self.objective(x, y, seed)
                 # Processes average their gradients, so each weighs its part of the batch by the number of them.
-                share = 0.0 if count == 0 else self.world * len(y) / total
-                self.scaler.scale(loss * share).backward()
+                weight = 0.0 if batch.count == 0 else self.ranks.world * len(y) / batch.total
+                self.scaler.scale(loss * weight).backward()
             losses.append(loss.detach() * len(y))
             right.append(correct)
             start += len(y)
         self._update()
-        self._count(torch.stack(losses).sum(), torch.stack(right).sum(), count)
+        self._count(torch.stack(losses).sum(), torch.stack(right).sum(), batch.count)
 
     def _update(self) -> None:
         if self.scaler.is_enabled():
@@ -174,9 +201,9 @@ class GraphedStep:
         self.side = torch.cuda.Stream(step.device)
         self.warmed_up = 0
 
-    def __call__(self, images: Tensor, labels: Tensor, first_sample: int, count: int, total: int) -> None:
+    def __call__(self, batch: Batch) -> None:
         """As TrainStep's; there is one process, so the batch is whole."""
-        step = self.eager
+        step, images, labels = self.eager, batch.images, batch.labels
         step.seed_backbone()
         if self.graph is not None and images.shape == self.images.shape:
             self.images.copy_(images)
@@ -190,7 +217,7 @@ class GraphedStep:
             # Where captures warm up: on the stream's own memory, not on the default one's.
             self.side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.side):
-                step.compute(images, labels, first_sample, count, total)
+                step.compute(batch)
             torch.cuda.current_stream().wait_stream(self.side)
             if self.graph is None:
                 same = images.shape == self.images.shape
@@ -203,6 +230,6 @@ class GraphedStep:
         step, graph = self.eager, torch.cuda.CUDAGraph()
         step.optimizer.zero_grad(set_to_none=True)
         with torch.cuda.graph(graph, stream=self.side):
-            step.compute(self.images, self.labels, 0, len(self.labels), len(self.labels))
+            step.compute(Batch(self.images, self.labels, 0, len(self.labels), len(self.labels)))
         self.graph = graph
         graph.replay()  # capturing records the step without taking it

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from tiny_vit import make_tiny_vit
 
 from mosa_fast.backbones.checkpoints import load_checkpoint
-from mosa_fast.backbones.create import check_adaptable, create_backbone, input_size
+from mosa_fast.backbones.create import create_backbone, input_size
 from mosa_fast.config import ModelConfig
 
 SWIN = {"img_size": 32, "window_size": 2, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "patch_size": 4}
@@ -284,7 +284,7 @@ def test_a_run_reads_its_checkpoint_and_nothing_else(tmp_path, monkeypatch):
         create_backbone(config, 4, 32)
 
 
-def test_swin_is_made_but_not_yet_adapted():
+def test_swin_is_made_with_its_drop_path():
     config = ModelConfig(
         "swin_tiny_patch4_window7_224.ms_in22k", pretrained=False, drop_path=0.5, head_init="published"
     )
@@ -293,8 +293,6 @@ def test_swin_is_made_but_not_yet_adapted():
     assert model.head.fc.out_features == 6
     assert model.layers[-1].blocks[-1].drop_path1.drop_prob == 0.5
     assert input_size(config) == 224
-    with pytest.raises(ValueError, match="Swin's adapters are not there yet; --method linear"):
-        check_adaptable(config)
 
 
 def test_the_published_backbones_drop_on_embeddings_and_in_mlps_only():

@@ -6,7 +6,7 @@ from PIL import Image
 from mosa_fast.backbones.create import channel_statistics
 from mosa_fast.config import DataConfig, ModelConfig
 from mosa_fast.data import load_data
-from mosa_fast.data.split import stratified_split
+from mosa_fast.data.stratify import stratified_split
 from mosa_fast.data.transforms import IMAGENET, Statistics, image_transform
 
 

@@ -5,15 +5,8 @@ from PIL import Image
 
 from mosa_fast.config import DataConfig
 from mosa_fast.data import load_data
-from mosa_fast.data.loading import (
-    StepSampler,
-    batches,
-    cache_decoded,
-    drop_unreadable,
-    evaluation_loader,
-    train_loader,
-)
-from mosa_fast.training.distributed import rank_slice
+from mosa_fast.data.loading import batches, cache_decoded, drop_unreadable, evaluation_loader, train_loader
+from mosa_fast.data.step_sampler import StepSampler
 
 
 @pytest.fixture
@@ -34,7 +27,7 @@ def load(folder):
 
 
 def order(sampler):
-    return [index for batch in sampler for _, index in batch]
+    return [index for step in sampler for index in step.indices]
 
 
 def test_the_order_is_a_function_of_seed_and_epoch():
@@ -53,15 +46,20 @@ def test_the_order_is_a_function_of_seed_and_epoch():
 
 def test_ranks_together_have_every_batch_of_one_process():
     whole = list(StepSampler(20, 9, seed=0))
-    ranks = [list(StepSampler(20, 9, 0, lambda size, rank=rank: rank_slice(size, rank, 3))) for rank in range(3)]
+    ranks = [list(StepSampler(20, 9, 0, rank, 3)) for rank in range(3)]
     for step in range(2):
-        assert [key for rank in ranks for key in rank[step]] == whole[step]
-    assert [rank[2] for rank in ranks] == [whole[2][:1], whole[2][:1], whole[2][1:]]  # the first only stands in
+        assert [index for rank in ranks for index in rank[step].indices] == whole[step].indices
+    # of the last two images the first rank has none: it stands in with one that does not count
+    one, other = whole[2].indices
+    assert [rank[2].indices for rank in ranks] == [[one], [one], [other]]
+    assert [(rank[2].first, rank[2].count, rank[2].total) for rank in ranks] == [(0, 0, 2), (0, 1, 2), (1, 1, 2)]
+    assert (whole[0].first, whole[0].count, whole[0].total) == (0, 9, 9)
 
 
 def test_every_image_is_evaluated_by_one_rank():
     dataset = load_data(DataConfig(shots=1), 32, 0).val
-    labels = [labels for rank in range(3) for _, labels in evaluation_loader(dataset, 32, rank=rank, world=3)]
+    loaders = [evaluation_loader(dataset, 32, rank=rank, world=3) for rank in range(3)]
+    labels = [batch.labels for loader in loaders for batch in batches(loader)]
     assert sorted(torch.cat(labels).tolist()) == sorted(dataset.tensors[1].tolist())
 
 
@@ -70,7 +68,7 @@ def test_random_crops_depend_on_neither_workers_nor_resumption_but_on_the_epoch(
         loader = train_loader(load(folder).train, 4, 7, workers=workers)
         loader.batch_sampler.set_position(number, first)
         torch.rand(3)  # whatever state torch is in
-        return [images for images, _ in batches(loader)]
+        return [batch.images for batch in batches(loader)]
 
     plain = epoch(0, 1)
     for other in (epoch(2, 1), [*epoch(0, 1)[:1], *epoch(2, 1, first=1)]):
@@ -81,7 +79,7 @@ def test_random_crops_depend_on_neither_workers_nor_resumption_but_on_the_epoch(
 def test_a_cached_data_set_gives_the_same_images_without_its_files(folder):
     def epoch(dataset, workers=0):
         loader = train_loader(dataset, 4, 7, workers=workers)
-        return [images for images, _ in batches(loader)]
+        return [batch.images for batch in batches(loader)]
 
     plain = epoch(load(folder).train)
     splits = load(folder)

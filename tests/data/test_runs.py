@@ -30,8 +30,7 @@ def test_a_linear_probe_with_sgd_and_the_backbones_normalisation(tmp_path):
     assert summary["val_accuracy"] is not None
 
 
-def test_a_run_on_swin_says_that_its_adapters_are_not_there(tmp_path):
-    """Before anything is downloaded."""
+def test_a_run_on_blocks_without_a_seam_says_why_before_anything_is_downloaded(tmp_path):
     data = DataConfig(name="fgvc", task="cub", root=str(write_fgvc(tmp_path)), workers=0)
-    with pytest.raises(ValueError, match="Swin's adapters are not there yet"):
-        run(tmp_path, data=data, model=ModelConfig("swin_base_patch4_window7_224.ms_in22k"))
+    with pytest.raises(ValueError, match="ParallelScalingBlock, which cannot be adapted: attention and MLP share"):
+        run(tmp_path, data=data, model=ModelConfig("vit_pwee_patch16_reg1_gap_256.sbb_in1k"))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tiny_runs import in_child, tiny_run, wait_for
 
 from mosa_fast.config import OptimConfig
-from mosa_fast.training.distributed import rank_slice
+from mosa_fast.data.step_sampler import rank_slice
 from mosa_fast.training.loop import train
 
 
@@ -74,7 +74,7 @@ from mosa_fast.training.step import TrainStep
 advance = TrainStep.advance
 def die(step):
     advance(step)
-    if step.rank == 1 and step.steps_taken == 2:
+    if step.ranks.rank == 1 and step.position.steps == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 TrainStep.advance = die
 main(sys.argv[1:])

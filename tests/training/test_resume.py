@@ -5,13 +5,16 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tiny_runs import in_child, tiny_run, wait_for
 
 from mosa_fast.config import LossConfig, OptimConfig
-from mosa_fast.training.checkpoint import last_checkpoint
+from mosa_fast.run_folder import RunFolder
+from mosa_fast.training.evaluation import evaluate
 from mosa_fast.training.loop import train
-from mosa_fast.training.signals import Interrupted
+from mosa_fast.training.position import Position
+from mosa_fast.training.signals import Interrupted, StopAsked
 from mosa_fast.training.step import TrainStep
 
 SETTINGS = {"checkpoint_steps": 1, "loss": LossConfig(deep_reg=True)}
@@ -87,7 +90,7 @@ def test_a_signal_saves_and_the_run_goes_on_bit_equal(tmp_path, uninterrupted, m
 
     if moment == "step":  # in the middle of the second epoch
         original = TrainStep.advance
-        monkeypatch.setattr(TrainStep, "advance", lambda s: (original(s), s.steps_taken == 4 and send())[0])
+        monkeypatch.setattr(TrainStep, "advance", lambda s: (original(s), s.position.steps == 4 and send())[0])
     else:
         monkeypatch.setattr("mosa_fast.training.loop.evaluation_loader", _signal_first(send))
     with pytest.raises(Interrupted, match="go on with --resume") as caught:
@@ -115,14 +118,14 @@ def stopped_run(out, monkeypatch, **changes):
 
     def advance(step):
         original(step)
-        if step.steps_taken == 4:
+        if step.position.steps == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patched:
         patched.setattr(TrainStep, "advance", advance)
         with pytest.raises(Interrupted):
             train(tiny_run(out, **changes), progress=False)
-    return last_checkpoint(out)
+    return RunFolder(out).checkpoint(4)
 
 
 def test_dropout_of_the_backbone_and_the_loss_scale_are_resumed_too(tmp_path, monkeypatch):
@@ -158,7 +161,64 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(tmp_path, monkeypatch)
         train(tiny_run(tmp_path), progress=False, resume=True)
 
 
+def test_a_signal_while_the_selected_weights_are_tested_changes_no_number(tmp_path, monkeypatch):
+    """By then the model has the weights of another epoch than the last."""
+
+    def run(out, **options):
+        scores = iter([30.0, 20.0, 10.0])  # the first epoch is selected
+        with monkeypatch.context() as patched:
+            patched.setattr("mosa_fast.training.loop.evaluate", lambda *args: tested(*args, scores=scores))
+            return train(tiny_run(out), progress=False, **options)
+
+    def tested(model, loader, *rest, scores):
+        if len(loader.dataset.dataset) == 200:
+            return next(scores)
+        tests.append(1)
+        if len(tests) == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(model, loader, *rest)
+
+    tests, stop_at = [], None
+    whole = run(tmp_path / "whole")
+    assert whole["selected_epoch"] == 1
+    assert whole["test_accuracy"] != whole["last_test_accuracy"]
+    tests, stop_at = [], 2
+    with pytest.raises(Interrupted):
+        run(tmp_path / "cut")
+    again = run(tmp_path / "cut", resume=True)
+    for key in ("test_accuracy", "last_test_accuracy", "selected_epoch"):
+        assert again[key] == whole[key]
+
+
+def test_a_run_that_is_out_of_patience_trains_no_further_when_it_is_resumed(tmp_path, monkeypatch):
+    def stop(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise StopAsked
+
+    scores = iter([30.0, 20.0])
+    monkeypatch.setattr("mosa_fast.training.loop.evaluate", lambda *_: next(scores, None) or stop())
+    with pytest.raises(Interrupted):  # in the test
+        train(tiny_run(tmp_path, patience=1), progress=False)
+    monkeypatch.setattr("mosa_fast.training.loop.evaluate", lambda *_: 50.0)
+    summary = train(tiny_run(tmp_path, patience=1), progress=False, resume=True)
+    assert (summary["epochs"], summary["selected_epoch"]) == (2, 1)
+
+
+def test_another_number_of_images_a_step_is_refused(tmp_path, monkeypatch):
+    stopped_run(tmp_path, monkeypatch)
+    monkeypatch.setattr("mosa_fast.training.loop.Position", lambda images, size, epochs: Position(images, 16, epochs))
+    with pytest.raises(ValueError, match="was started with 8 images a step over all processes, not 16"):
+        train(tiny_run(tmp_path), progress=False, resume=True)
+
+
+def test_a_checkpoint_of_another_version_is_refused(tmp_path, monkeypatch):
+    checkpoint = stopped_run(tmp_path, monkeypatch)
+    torch.save({"format": "mosa_fast.checkpoint.1"}, checkpoint)
+    with pytest.raises(ValueError, match=r"is not a checkpoint of this version \(mosa_fast\.checkpoint\.2\)"):
+        train(tiny_run(tmp_path), progress=False, resume=True)
+
+
 def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
     first = train(tiny_run(tmp_path), progress=False)
-    monkeypatch.setattr("mosa_fast.training.loop.Run", None)
+    monkeypatch.setattr("mosa_fast.training.loop.build_model", None)
     assert train(tiny_run(tmp_path), progress=False, resume=True) == first

@@ -8,7 +8,10 @@ from torch import nn
 
 import mosa_fast as mosa
 from mosa_fast.config import LossConfig
+from mosa_fast.data.loading import Batch
+from mosa_fast.training.distributed import Ranks
 from mosa_fast.training.optim import make_optimizer, make_schedule
+from mosa_fast.training.position import Position
 from mosa_fast.training.precision import store_frozen
 from mosa_fast.training.step import GraphedStep, Objective, TrainStep
 
@@ -36,18 +39,24 @@ def make_step(
         objective,
         optimizer,
         make_schedule(optimizer, 10, 2),
+        Position(images=60, batch_size=6, epochs=1),
+        Ranks(0, 1, torch.device(device)),
         seed=3,
-        device=torch.device(device),
         scale_loss=precision == "fp16-mixed",
         **settings,
     )
+
+
+def whole_batch(images, labels):
+    """A batch of a run with one process."""
+    return Batch(images, labels, first=0, count=len(labels), total=len(labels))
 
 
 def losses(step, batches=BATCHES, device="cpu", eager=None):
     """The mean loss of each batch, training on them in order."""
     found, eager = [], eager or step
     for images, labels in batches:
-        step(images.to(device), labels.to(device), 0, len(labels), len(labels))
+        step(whole_batch(images, labels).to(device))
         found.append(eager.sums[0].item() / len(labels))
         eager.sums.zero_()
     return found
@@ -151,12 +160,12 @@ def test_frozen_weights_are_not_cast_in_a_step():
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "fp16-mixed", "bf16-true"])
 def test_a_step_never_waits_for_the_gpu(precision):
     step = make_step(precision, device="cuda")
-    batches = [(images.cuda(), labels.cuda()) for images, labels in BATCHES]
-    step(*batches[0], 0, 6, 6)
+    batches = [whole_batch(images.cuda(), labels.cuda()) for images, labels in BATCHES]
+    step(batches[0])
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in batches:
-            step(*batch, 0, 6, 6)
+            step(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -1,11 +1,14 @@
-"""What every family of data sets gives to the training loop."""
+"""What every family of data sets gives to the training loop: images to train on, to select with and to test on."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import Dataset
+
+PARTS = ("train", "val", "test")
 
 
 @dataclass
@@ -25,3 +28,7 @@ class Splits:
     test: Dataset[Any]
     train_labels: list[int]
     classes: list[str]
+
+    def parts(self) -> Iterator[tuple[str, Dataset[Any]]]:
+        """Name and data set of the parts that there are."""
+        return ((name, getattr(self, name)) for name in PARTS if getattr(self, name) is not None)

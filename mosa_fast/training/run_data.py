@@ -8,7 +8,7 @@ from mosa_fast.backbones.create import channel_statistics
 from mosa_fast.config import TrainConfig
 from mosa_fast.data import load_data
 from mosa_fast.data.loading import cache_decoded, drop_unreadable
-from mosa_fast.data.splits import Splits
+from mosa_fast.data.parts import Splits
 from mosa_fast.data.transforms import IMAGENET, Statistics
 
 
@@ -26,7 +26,7 @@ def load_run_data(config: TrainConfig) -> Splits:
         splits = drop_unreadable(splits)
     if config.loader.cache:
         cache_decoded(*(part for part in (splits.train, splits.val) if part is not None))
-    for name, part in (("train", splits.train), ("val", splits.val), ("test", splits.test)):
+    for name, part in splits.parts():
         if isinstance(part, Sized) and len(part) == 0 and (name != "test" or config.test):
             raise ValueError(f"data: there is no {name} image; where val is cut from train, a class needs two")
     return splits

@@ -1,0 +1,92 @@
+"""How many weights a model trains, keeps in its adapter file, and computes with after merging."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from mosa_fast.backbones.heads import classifiers
+from mosa_fast.nn import SparseAdapter, SparseProjection
+
+
+@dataclass(frozen=True)
+class Part:
+    """Counts of one part of a model.
+
+    Attributes:
+        trained: values that the optimizer updates.
+        stored: values in an adapter file, owner maps and initial weights included.
+        merged: values that evaluation computes with, when the experts are one dense adapter.
+    """
+
+    name: str
+    trained: int = 0
+    stored: int = 0
+    merged: int = 0
+
+    def __add__(self, other: Part) -> Part:
+        counts = (self.trained + other.trained, self.stored + other.stored, self.merged + other.merged)
+        return Part(self.name, *counts)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Parts of a model; `print(summary)` shows a table."""
+
+    parts: tuple[Part, ...]
+
+    def __getitem__(self, name: str) -> Part:
+        """A part by its name, or "adapters" or "all": the sum of the adapters' parts, or of everything."""
+        parts = self.parts if name == "all" else [part for part in self.parts if part.name not in ("head", "backbone")]
+        if name in ("all", "adapters"):
+            return sum(parts, Part(name))
+        return next((part for part in self.parts if part.name == name), Part(name))
+
+    def __str__(self) -> str:
+        header = ("", "trained", "stored", "merged")
+        rows = [(p.name, f"{p.trained:,}", f"{p.stored:,}", f"{p.merged:,}") for p in (*self.parts, self["all"])]
+        first, *others = (max(map(len, column)) for column in zip(header, *rows, strict=True))
+        lines = [
+            f"{name:<{first}}" + "".join(f"{cell:>{width + 2}}" for cell, width in zip(cells, others, strict=True))
+            for name, *cells in (header, *rows)
+        ]
+        lines.insert(-1, "-" * len(lines[0]))
+        portion = self["all"].trained / max(1, self["all"].merged)
+        return "\n".join([*lines, f"trained: {portion:.2%} of the weights that the merged model has"])
+
+
+def summary(model: nn.Module) -> Summary:
+    """Counts of a timm model, adapted or not, by part.
+
+    Args:
+        model: any timm model, or what `adapt` made of one; on any device, also "meta".
+    """
+    found: dict[str, Part] = {}
+    seen: set[int] = set()
+
+    def add(name: str, tensors: Iterable[Tensor], *, stored: bool = False, merged: int | None = None) -> None:
+        new = [tensor for tensor in tensors if id(tensor) not in seen]
+        seen.update(map(id, new))
+        trained = sum(tensor.numel() for tensor in new if tensor.requires_grad)
+        every = sum(tensor.numel() for tensor in new)
+        part = Part(name, trained, every if stored else trained, every if merged is None else merged)
+        found[name] = found.get(name, Part(name)) + part
+
+    for module in model.modules():
+        if isinstance(module, SparseAdapter):
+            for name, projection in (("down-projections", module.down), ("up-projections", module.up)):
+                add(name, _all(projection), stored=True, merged=projection.merged_parameters)
+            if module.norm is not None:
+                add("norms", module.norm.parameters(), stored=True)
+            if isinstance(module.scale, nn.Parameter):
+                add("scales", [module.scale], stored=True)
+    for head in classifiers(model):
+        add("head", _all(head), stored=True)
+    add("backbone", model.parameters())
+    return Summary(tuple(found.values()))
+
+
+def _all(module: SparseProjection | nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]

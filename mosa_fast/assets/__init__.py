@@ -1,1 +1,0 @@
-"""Files that travel in the package: the embedded data set and backbone, and the script that made the latter."""

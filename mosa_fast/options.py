@@ -1,0 +1,150 @@
+"""A configuration field and its facts, in one place: type, default, range, and where and when it may be set.
+
+A field is written `lr: float = option(1e-3, low=0.0)`. Its type says what it may hold, Literal types what there is to
+choose from; `option` adds the rest. Checks, `--help`, resumption and the data families read the facts from here.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
+from math import isfinite
+from numbers import Integral, Real
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+KEY = "facts"  # of a dataclass field's metadata
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a field's type does not say.
+
+    Attributes:
+        low, high: the smallest and the largest value.
+        above, below: bounds that are not values themselves.
+        families: the data families that the option is for; empty: all.
+        free: whether a resumed run may change it, because it changes no result.
+        note: what follows the field's docstring in `--help`.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+    families: tuple[str, ...] = ()
+    free: bool = False
+    note: str = ""
+
+    def holds(self, number: float) -> bool:
+        """Whether a number is in the range."""
+        return (
+            (self.low is None or number >= self.low)
+            and (self.high is None or number <= self.high)
+            and (self.above is None or number > self.above)
+            and (self.below is None or number < self.below)
+        )
+
+    @property
+    def range(self) -> str:
+        """The range in words, as they follow "must be"; empty where there is none."""
+        low, high, above, below = (
+            None if v is None else f"{v:g}" for v in (self.low, self.high, self.above, self.below)
+        )
+        if low and high:
+            return f"{low} to {high}"
+        if low and below:
+            return f"in [{low}, {below})"
+        if above and below:
+            return f"between {above} and {below}"
+        bounds = (("at least", low), ("above", above), ("at most", high), ("below", below))
+        return " and ".join(f"{word} {bound}" for word, bound in bounds if bound)
+
+    @property
+    def help(self) -> str:
+        """What `--help` adds to the field's docstring."""
+        sentences = [self.note] if self.note else []
+        if self.range:
+            sentences.append(f"{self.range[0].upper()}{self.range[1:]}.")
+        if self.families:
+            sentences.append(f"Only for {' and '.join(self.families)}.")
+        if self.free:
+            sentences.append("A resumed run may change it.")
+        return " ".join(sentences)
+
+
+def option(default: Any, **facts: Any) -> Any:
+    """A dataclass field with its default and its facts (see `Facts`)."""
+    return field(default=default, metadata={KEY: Facts(**facts)})
+
+
+def facts_of(config: type, prefix: str = "") -> dict[str, Facts]:
+    """The facts of every field of a dataclass, by name; fields of sections as "section.field"."""
+    found: dict[str, Facts] = {}
+    for name, hint in _hints(config).items():
+        if is_dataclass(hint):
+            found |= facts_of(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+    return found | {f"{prefix}{f.name}": f.metadata.get(KEY, Facts()) for f in fields(config)}
+
+
+def check_fields(config: Any, prefix: str = "") -> None:
+    """Raise ValueError for a field of a dataclass, or of its sections, with a wrong type or a value out of range.
+
+    Args:
+        config: an instance.
+        prefix: what its fields' names begin with in messages, as "optim.".
+    """
+    for f in fields(config):
+        name, value, hint = f"{prefix}{f.name}", getattr(config, f.name), _hints(type(config))[f.name]  # type: ignore[arg-type]
+        if not is_dataclass(hint):
+            check_value(name, value, hint, f.metadata.get(KEY, Facts()))
+        elif isinstance(value, hint):  # type: ignore[arg-type]
+            check_fields(value, f"{name}.")
+        else:
+            raise ValueError(f"{name} must be of type {hint.__name__}, got {value!r}")  # type: ignore[union-attr]
+
+
+def check_value(name: str, value: object, hint: Any, facts: Facts) -> None:
+    """Raise ValueError, naming the option, unless a value is of the type and in the range."""
+    alternatives = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    choices = [c for a in alternatives if get_origin(a) is Literal for c in get_args(a)]
+    kinds = [a for a in alternatives if a in KINDS]
+    if value is None and type(None) in alternatives:
+        return
+    # True == 1, so that equality alone would take one for the other.
+    if any(value == choice and type(value) is type(choice) for choice in choices):
+        return
+    if not any(_is_of(value, kind) for kind in kinds):
+        if choices and (not kinds or isinstance(value, str)):
+            check_choice(name, value, choices)
+        words = [*(KINDS[kind] for kind in kinds), *([f"one of {_listed(choices)}"] if choices else [])]
+        raise ValueError(f"{name} must be {' or '.join(words)}, got {value!r}")
+    if isinstance(value, Real) and not isinstance(value, bool):
+        number = float(value)
+        if not isfinite(number):
+            raise ValueError(f"{name} must be a finite number, got {value}")
+        if not facts.holds(number):
+            raise ValueError(f"{name} must be {facts.range}, got {value}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raise ValueError unless `value` is one of `choices`, of the same type."""
+    if not any(value == choice and type(value) is type(choice) for choice in choices):
+        raise ValueError(f"{name} must be one of {_listed(choices)}, got {value!r}")
+
+
+def _is_of(value: object, kind: type) -> bool:
+    if kind in (bool, str):
+        return isinstance(value, kind)
+    return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+
+
+def _listed(choices: Sequence[object]) -> str:
+    return ", ".join(map(str, choices))
+
+
+@cache
+def _hints(config: Any) -> dict[str, Any]:
+    return get_type_hints(config)

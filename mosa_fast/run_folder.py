@@ -1,0 +1,147 @@
+"""The folder of a run: what its files are called, who writes them and who reads them. No other module names them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mosa_fast.files import write_atomically
+
+
+class RunFolder:
+    """Paths of a run's files, and the plain text ones' contents.
+
+    Args:
+        path: the folder (`--out` of the run, `--run` afterwards); it need not exist.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration, itself a recipe. Written when a run starts; read by evaluate and predict."""
+        return self.path / "config.yaml"
+
+    @property
+    def classes(self) -> Path:
+        """Names of the classes, by label. Written when a run starts; read by evaluate and predict."""
+        return self.path / "classes.json"
+
+    @property
+    def metrics(self) -> Path:
+        """A line an epoch. Written by training.report.MetricsLog; read by people."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Event files. Written by training.loggers; read by TensorBoard."""
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of what an unfinished run goes on from. Written and read by training.checkpoint."""
+        return self.path / "checkpoint"
+
+    def checkpoint(self, step: int) -> Path:
+        """State of everything but the model after so many steps."""
+        return self.checkpoints / f"step-{step:09d}.pt"
+
+    def checkpoint_weights(self, step: int) -> Path:
+        """Trained weights of the model after so many steps."""
+        return self.checkpoints / f"step-{step:09d}.safetensors"
+
+    @property
+    def adapter(self) -> Path:
+        """Adapters and head of the selected epoch. Written at a run's end; read by evaluate, predict, load_adapter."""
+        return self.path / "adapter.safetensors"
+
+    @property
+    def model(self) -> Path:
+        """Where a method has no adapters, what it trained. Written at a run's end; read by evaluate and predict."""
+        return self.path / "model.safetensors"
+
+    @property
+    def curves(self) -> Path:
+        """Loss and accuracy over the epochs. Written by training.report; read by people."""
+        return self.path / "curves.png"
+
+    @property
+    def summary(self) -> Path:
+        """All numbers of a run. Written last, so that it tells that a run is done; read by the sweep and by people."""
+        return self.path / "summary.json"
+
+    @property
+    def sweep(self) -> Path:
+        """What a sweep asked this run to do. Written and read by the sweep."""
+        return self.path / "sweep.json"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run in this folder came to its end."""
+        return self.summary.is_file()
+
+    def last_checkpoint(self) -> int | None:
+        """Steps of the last complete checkpoint, or None."""
+        found = (re.fullmatch(r"step-(\d+)\.pt", path.name) for path in self.checkpoints.glob("*"))
+        return max((int(match[1]) for match in found if match), default=None)
+
+    def start_anew(self) -> None:
+        """Forget that a run was here before."""
+        self.summary.unlink(missing_ok=True)
+        self.remove_checkpoints()
+
+    def remove_checkpoints(self) -> None:
+        """Remove what only an unfinished run needs."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Keep the resolved configuration."""
+        import yaml
+
+        _write(self.config, yaml.safe_dump(config, sort_keys=False))
+
+    def write_classes(self, classes: list[str]) -> None:
+        """Keep the names of the classes."""
+        _write(self.classes, json.dumps(classes, indent=0, ensure_ascii=False) + "\n")
+
+    def read_classes(self) -> list[str]:
+        """The inverse of `write_classes`."""
+        return json.loads(self.classes.read_text(encoding="utf-8"))
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Keep all numbers of a run."""
+        _write(self.summary, json.dumps(summary, indent=2) + "\n")
+
+    def read_summary(self) -> dict[str, Any]:
+        """The inverse of `write_summary`.
+
+        Raises:
+            ValueError: it is not such a file.
+        """
+        return _read_json(self.summary)
+
+    def write_sweep(self, identity: dict[str, Any]) -> None:
+        """Keep what a sweep asks for."""
+        _write(self.sweep, json.dumps(identity, indent=2) + "\n")
+
+    def read_sweep(self) -> dict[str, Any]:
+        """The inverse of `write_sweep`; it raises what `read_summary` does."""
+        return _read_json(self.sweep)
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None

@@ -1,0 +1,105 @@
+"""Every family with every placement and every way of splitting, against brute force in float64."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from oracle import OracleModel
+from test_composition import FAMILIES, make_quiet
+from tiny_models import image
+
+import mosa_fast as mosa
+from mosa_fast.adapters.model import AdaptedBlock, adapters
+from mosa_fast.adapters.placements import PLACEMENTS
+from mosa_fast.backbones.heads import heads
+from mosa_fast.routing import draw, step_seed
+from mosa_fast.training.optim import make_optimizer
+
+AXES = {
+    "family": FAMILIES,
+    "placement": list(PLACEMENTS),
+    "share": ["down", "up", "none"],
+    "bias": ["per_expert", "split"],
+    "merge": ["mean", "joint"],
+    "scale": [0.7, "trainable"],
+}
+EXPERTS, STEPS = 3, 20
+
+
+def pairwise(axes):
+    """Some points of the product such that every two values of different axes meet in one."""
+    points = list(itertools.product(*axes))
+    missing = {frozenset(pair) for point in points for pair in itertools.combinations(enumerate(point), 2)}
+    chosen = []
+    while missing:
+        best = max(
+            points, key=lambda p: sum(frozenset(pair) in missing for pair in itertools.combinations(enumerate(p), 2))
+        )
+        chosen.append(best)
+        missing -= {frozenset(pair) for pair in itertools.combinations(enumerate(best), 2)}
+    return chosen
+
+
+SOME = pairwise(AXES.values())
+ALL = list(itertools.product(*AXES.values()))
+POINTS = [*SOME, *(pytest.param(*point, marks=pytest.mark.slow) for point in ALL if point not in SOME)]
+
+
+@pytest.mark.parametrize(tuple(AXES), POINTS)
+def test_logits_gradients_and_optimizer_steps_equal_brute_force(family, placement, share, bias, merge, scale):
+    plain = make_quiet(family).double()
+    images = image(plain, 2).double()
+    settings = {"bottleneck": 4, "experts": EXPERTS, "dropout": 0.0}
+    config = mosa.MoSAConfig(placement=placement, share=share, bias=bias, merge=merge, scale=scale, **settings)
+    model = mosa.adapt(copy.deepcopy(plain), config).train()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for adapter in adapters(model):
+            for parameter in adapter.parameters():
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).double())
+    blocks = [name for name, module in model.backbone.named_modules() if isinstance(module, AdaptedBlock)]
+    oracle = OracleModel(plain, blocks, placement, adapters(model)).eval()  # frozen BatchNorm as in evaluation
+    layers = len(oracle.adapters)
+    labels = torch.tensor([3, 7]).repeat(2)
+    # The copies of W0 in an expert that does not own them would decay (docs/method.md, Weights and gradients).
+    decay = 0.1 if share == "down" else 0.0
+    optimizers = [make_optimizer(m, lr=1e-3, weight_decay=decay) for m in (model, oracle)]
+    for step in range(STEPS):
+        experts = draw(step_seed(5, step), layers, 2, EXPERTS).experts
+        logits = []
+        for m, optimizer in zip((model, oracle), optimizers, strict=True):
+            optimizer.zero_grad()
+            logits.append(m(images, experts=experts))
+            torch.nn.functional.cross_entropy(logits[-1], labels).backward()
+            if m is oracle:
+                oracle.mask_gradients()
+        close(*logits)
+        if step in (0, STEPS - 1):
+            compare_gradients(model, oracle)
+        for optimizer in optimizers:
+            optimizer.step()
+    for adapter, expected in zip(adapters(model), oracle.adapters, strict=True):
+        for own, other in ((adapter.down, expected.down), (adapter.up, expected.up)):
+            close(own.weight, other.value())
+    close(model.eval()(images), oracle.forward_merged(images, merge))
+
+
+def compare_gradients(model, oracle):
+    for adapter, expected in zip(adapters(model), oracle.adapters, strict=True):
+        for own, other in ((adapter.down, expected.down), (adapter.up, expected.up)):
+            weight, bias_rows = other.gradient()
+            close(own.weight.grad, weight)
+            close(own.bias.grad, bias_rows.sum(0) if own.bias.ndim == 1 else bias_rows)
+        if adapter.norm is not None:
+            close(adapter.norm.weight.grad, expected.norm.weight.grad)
+            close(adapter.norm.bias.grad, expected.norm.bias.grad)
+        if isinstance(adapter.scale, torch.nn.Parameter):
+            close(adapter.scale.grad, expected.scale.grad)
+    for own, other in zip(heads(model), heads(oracle.backbone), strict=True):
+        for parameter, wanted in zip(own.parameters(), other.parameters(), strict=True):
+            close(parameter.grad, wanted.grad)
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
