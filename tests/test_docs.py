@@ -27,7 +27,8 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 CITATION = re.compile(r"docs/(\w+\.md), ([^.;:)\"`|]+)")
 COMMENT_GOES_ON = re.compile(r"\s*\n\s*(?:#|//)\s*")
 MODULE = re.compile(r"(?:python|torchrun .*) -m ((?:mosa_fast|benchmarks)(?:\.\w+)*)")
-HAND_ON = ("mosa_fast.train", "mosa_fast.sweep", "mosa_fast.data.check")  # what they do not know goes to the training
+# What these do not know goes to the training.
+HAND_ON = ("mosa_fast.train", "mosa_fast.sweep", "mosa_fast.data.check", "mosa_fast.info")
 OPTION = re.compile(r"(?<![\w-])--([a-z][\w.]*)")
 
 
