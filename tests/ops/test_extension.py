@@ -207,7 +207,9 @@ SPOILED = [
 
 
 @needs_compiler
-@pytest.mark.parametrize(("operation", "name", "spoil", "message"), SPOILED, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("operation", "name", "spoil", "message"), SPOILED, ids=lambda value: "changed" if callable(value) else value
+)
 def test_arrays_are_checked_before_a_launch(launch, operation, name, spoil, message):
     taken, run_extension = launch
     arrays, sizes, numbers = taken[operation]
