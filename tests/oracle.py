@@ -1,7 +1,7 @@
 """MoSA as the paper states it, by brute force: what the compact form must equal.
 
 E full copies of every split projection, gradients masked after backward, one separate forward per view. Slow, large
-and obvious. It is written against METHOD's definitions and shares nothing with the package but the owner maps and
+and obvious. It is written after docs/method.md and has nothing of the package but the owner maps and
 initial weights that it is given.
 """
 

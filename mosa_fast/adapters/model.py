@@ -120,7 +120,7 @@ class AdaptedModel(Wrapper):
     ) -> Any:
         """Logits of one or more stochastic views of the images (of the merged model in evaluation).
 
-        All views share one pass up to the first random operation: the first adapter turns B samples into V * B, or
+        All views are one pass up to the first random operation: the first adapter turns B samples into V * B, or
         the input is repeated, where the frozen backbone draws random numbers before it or the arguments hold
         something for every image.
 

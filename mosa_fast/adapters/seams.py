@@ -205,7 +205,7 @@ SEAMS: dict[type[nn.Module], Seam] = {
 }
 # Blocks that timm has and that cannot be taken apart, with the reason.
 REFUSED = {
-    getattr(vision_transformer, name): "attention and MLP share their products and one residual, so that there is no "
+    getattr(vision_transformer, name): "attention and MLP have products and residual in common, so that there is no "
     "branch to put an adapter beside"
     for name in ("ParallelScalingBlock", "DiffParallelScalingBlock")
     if hasattr(vision_transformer, name)  # the second is younger than the oldest timm

@@ -185,7 +185,7 @@ def test_other_models_are_refused():
     model, _ = make_pair()
     with pytest.raises(ValueError, match="has adapters already"):
         mosa.adapt(model)
-    with pytest.raises(ValueError, match=r"blocks.0 is a ParallelScalingBlock, .* share their products"):
+    with pytest.raises(ValueError, match=r"blocks.0 is a ParallelScalingBlock, .* products and residual in common"):
         mosa.adapt(make_tiny_vit(block_fn=timm.models.vision_transformer.ParallelScalingBlock))
     with pytest.raises(ValueError, match="has no adapters"):
         mosa.merge(make_tiny_vit())
