@@ -39,13 +39,11 @@ class BlockRouting(NamedTuple):
         experts: int32 `[n, V, 2]`, for each of the block's n adapters in the order they run.
         seeds: int64 `[n, 2]`.
         fork: the block is given B samples and makes V * B of them.
-        outputs: receives the block's output, unless None.
     """
 
     experts: Tensor
     seeds: Tensor
     fork: bool = False
-    outputs: list[Tensor] | None = None
 
 
 def step_seed(seed: int, step: int | Tensor, first_sample: int = 0, device: torch.device | None = None) -> Tensor:

@@ -43,6 +43,7 @@ class AdaptedBlock(Wrapper):
         block: timm's.
         placement: a name in PLACEMENTS.
         routing: what the adapters compute with in the pass that is running; None between passes.
+        outputs: receives the output of the pass that is running, if anybody wants it; None between passes.
         grad_checkpointing: recompute this block in the backward pass in place of keeping its activations.
     """
 
@@ -52,6 +53,7 @@ class AdaptedBlock(Wrapper):
         super().__init__()
         self.placement = placement
         self.routing: BlockRouting | None = None
+        self.outputs: list[Tensor] | None = None
         self.grad_checkpointing = False
         for name, adapter in adapters.items():
             self.add_module(name, adapter)
@@ -75,8 +77,8 @@ class AdaptedBlock(Wrapper):
             out = checkpoint(self._run, x, routing, args, kwargs, use_reentrant=False, preserve_rng_state=draws)
         else:
             out = self._run(x, routing, args, kwargs)
-        if routing is not None and routing.outputs is not None:
-            routing.outputs.append(out)
+        if self.outputs is not None:
+            self.outputs.append(out)
         return out
 
     def _run(self, x: Tensor, routing: BlockRouting | None, args: Any, kwargs: Any) -> Tensor:
@@ -141,10 +143,11 @@ class AdaptedModel(Wrapper):
             ValueError: experts has another shape.
             RuntimeError: gradient checkpointing was switched on in the backbone.
         """
-        if experts is None and not self.training:
-            logits = self.backbone(images, **arguments)
-            return logits if views == 1 else _repeated(logits, views)  # views of a merged model are all alike
         blocks, others = _parts(self.backbone)
+        if experts is None and not self.training:
+            with routed(blocks, None, block_outputs=block_outputs):
+                logits = self.backbone(images, **arguments)
+            return logits if views == 1 else _repeated(logits, views)  # views of a merged model are all alike
         if any(map(_checkpoints, (self.backbone, *others))):
             raise RuntimeError(CHECKPOINTS_BY_ITSELF)
         routing = self._draw(blocks, views, experts, seed)
@@ -227,7 +230,7 @@ class AdaptedModel(Wrapper):
 @contextmanager
 def routed(
     blocks: Sequence[AdaptedBlock],
-    routing: Routing,
+    routing: Routing | None,
     *,
     fork: bool = False,
     block_outputs: list[Tensor] | None = None,
@@ -236,19 +239,22 @@ def routed(
 
     Args:
         blocks: in the order they run.
-        routing: of all their adapters.
+        routing: of all their adapters; None: evaluation, merged.
         fork: the first block is given B samples and makes V * B of them; False: blocks are given all views.
         block_outputs: receives every block's output.
     """
-    sizes = [len(block.adapters()) for block in blocks]
-    parts = zip(blocks, routing.experts.split(sizes), routing.seeds.split(sizes), strict=True)
     try:
-        for index, (block, experts, seeds) in enumerate(parts):
-            block.routing = BlockRouting(experts, seeds, fork and index == 0, block_outputs)
+        for block in blocks:
+            block.outputs = block_outputs
+        if routing is not None:
+            sizes = [len(block.adapters()) for block in blocks]
+            parts = zip(blocks, routing.experts.split(sizes), routing.seeds.split(sizes), strict=True)
+            for index, (block, experts, seeds) in enumerate(parts):
+                block.routing = BlockRouting(experts, seeds, fork and index == 0)
         yield
     finally:
         for block in blocks:
-            block.routing = None
+            block.routing = block.outputs = None
 
 
 def adapt(model: nn.Module, config: MoSAConfig | None = None) -> AdaptedModel:

@@ -141,6 +141,9 @@ def test_block_outputs_are_handed_out(images):
     outputs = []
     model(images.double(), views=2, block_outputs=outputs)
     assert [o.shape for o in outputs] == [(8, 5, 24)] * 3
+    evaluated = []
+    model.eval()(images.double(), block_outputs=evaluated)
+    assert [o.shape for o in evaluated] == [(4, 5, 24)] * 3
 
 
 def test_same_seed_same_bits(images):
