@@ -151,8 +151,8 @@ class LossConfig:
     """The two-view loss (docs/method.md, Loss)."""
 
     views: Literal[1, 2] = 2
-    """Stochastic forward passes of each batch: 2 as in the paper, or 1, which has no consistency terms. Methods other
-    than mosa always have 1."""
+    """Stochastic forward passes of each batch: 2 as in the paper, or 1, which has no consistency terms. Most methods
+    fix it."""
     add_weight: float = option(0.0, low=0.0)
     """Weight of the second view's cross-entropy."""
     reg_weight: float = option(1.0, low=0.0)

@@ -28,13 +28,15 @@ class Progress:
         shown = enabled and sys.stderr.isatty()
         self.bar = tqdm(total=position.total_steps, initial=position.steps, unit="step") if shown else None
         self.start = self.last_line = time.perf_counter()
-        self._last_read = self.start, position.steps
+        self._last_read, self._speed = (self.start, position.steps), 0
 
     def images_per_second(self) -> int:
-        """Over all processes, since this was last asked."""
-        then, before = self._last_read
-        self._last_read = now, steps = time.perf_counter(), self.position.steps
-        return round((steps - before) * self.position.batch_size / max(now - then, 1e-9))
+        """Over all processes, since the step at which this was last asked."""
+        (then, before), (now, steps) = self._last_read, (time.perf_counter(), self.position.steps)
+        if steps > before:
+            self._speed = round((steps - before) * self.position.batch_size / max(now - then, 1e-9))
+            self._last_read = now, steps
+        return self._speed
 
     def update(self, numbers: dict[str, str], *, epoch_end: bool = False) -> None:
         """Show where the run is."""

@@ -73,13 +73,13 @@ def train(config: TrainConfig, *, progress: bool = True, resume: bool = False) -
             config.data.image_size = input_size(config.model)
         splits = load_run_data(config)
         position = Position(len(splits.train_labels), optim.batch_size * ranks.world, optim.epochs)
-        workers: dict[str, Any] = {
+        loading: dict[str, Any] = {
             "workers": config.data.workers,
             "pin": on_gpu,
             "rank": ranks.rank,
             "world": ranks.world,
         }
-        loader: Any = train_loader(splits.train, position.batch_size, config.seed, **workers)
+        loader: Any = train_loader(splits.train, position.batch_size, config.seed, **loading)
 
         # Set-up: model, loss, optimizer and the step that joins them.
         model = build_model(config, len(splits.classes))
@@ -136,7 +136,7 @@ def train(config: TrainConfig, *, progress: bool = True, resume: bool = False) -
         bar = Progress(position, enabled=progress)
 
         def accuracy(images: Any) -> float:
-            evaluated = evaluation_loader(images, optim.batch_size * BATCH_FACTOR, **workers)
+            evaluated = evaluation_loader(images, optim.batch_size * BATCH_FACTOR, **loading)
             return evaluate(model, evaluated, ranks, config.precision, stop)
 
         def is_stop_asked() -> bool:
@@ -152,11 +152,11 @@ def train(config: TrainConfig, *, progress: bool = True, resume: bool = False) -
                 for batch in batches(loader):
                     take_step(batch.to(device))
                     if position.steps % config.log_every == 0:
-                        loss, right = step.averages()
+                        loss, train_accuracy = step.averages()
                         step.count_bad_steps(config.max_bad_steps)
                         speed = bar.images_per_second()
-                        bar.update({"loss": f"{loss:.3f}", "train": f"{right:.1f}%", "images/s": str(speed)})
-                        running = {"running_loss": loss, "running_accuracy": right}
+                        bar.update({"loss": f"{loss:.3f}", "train": f"{train_accuracy:.1f}%", "images/s": str(speed)})
+                        running = {"running_loss": loss, "running_accuracy": train_accuracy}
                         loggers.add(running | {"lr": float(schedule.get_last_lr()[0]), "images_per_second": speed})
                     if is_stop_asked():
                         raise StopAsked
@@ -165,11 +165,11 @@ def train(config: TrainConfig, *, progress: bool = True, resume: bool = False) -
                         checkpoints.save()
 
                 # Evaluate: validation selects.
-                loss, right = step.averages()
+                loss, train_accuracy = step.averages()
                 row: dict[str, Any] = {
                     "epoch": position.epoch,
                     "train_loss": loss,
-                    "train_accuracy": right,
+                    "train_accuracy": train_accuracy,
                     "lr": float(schedule.get_last_lr()[0]),
                     "bad_steps": step.count_bad_steps(config.max_bad_steps),
                     "seconds": round(position.seconds, 2),
@@ -185,7 +185,7 @@ def train(config: TrainConfig, *, progress: bool = True, resume: bool = False) -
                 # Log.
                 position.epochs_done += 1
                 step.reset_sums()
-                shown = {"epoch": str(row["epoch"]), "loss": f"{loss:.3f}", "train": f"{right:.1f}%"}
+                shown = {"epoch": str(row["epoch"]), "loss": f"{loss:.3f}", "train": f"{train_accuracy:.1f}%"}
                 if selection.val_accuracy is not None:
                     shown["val"] = f"{row.get('val_accuracy', selection.val_accuracy):.1f}%"
                 bar.update(shown | {"images/s": str(bar.images_per_second())}, epoch_end=True)
