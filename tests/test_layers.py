@@ -93,3 +93,9 @@ def test_an_arrow_upwards_and_a_circle_would_be_seen():
     assert upward(imports(sources)) == ["mosa_fast.data.check -> mosa_fast.training.loop"]
     sources["mosa_fast.config"] = ast.parse("if TYPE_CHECKING:\n    from mosa_fast import command_line")
     assert {"mosa_fast.config", "mosa_fast.command_line"} <= set(circle(imports(sources)))
+
+
+def test_no_two_files_of_tests_have_one_name():
+    """Pytest imports them by name: with TRITON_INTERPRET=1 it collects those of the interpreter as well."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
