@@ -5,7 +5,7 @@
 //     h   = drop(act(p + e))                                  [r]
 //     out = (x) + (skip) + scale * (h U^T + b_up[u])          [D]
 //
-// Statistics and projection share one pass over x, since the norm can be applied afterwards: for the pivot c (the mean
+// Statistics and projection are made in one pass over x, since the norm can be applied afterwards: for the pivot c (the mean
 // of the row's first TILE columns), x' = x - c, m' = mean(x') and the row sums w of W diag(g),
 //
 //     rstd = (mean(x'^2) - m'^2 + eps)^(-1/2),      p = rstd (x' (W diag(g))^T - m' w).

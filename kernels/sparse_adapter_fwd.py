@@ -7,7 +7,7 @@ For a row x of a group with experts (d, u), with W = W_down[d], U = W_up[u] and 
     h   = drop(act(p + e))                                  [r]
     out = (x) + (skip) + scale * (h U^T + b_up[u])          [D]
 
-x is read from memory once. Statistics and projection share that pass, because the norm can be applied afterwards: for
+x is read from memory once. That pass makes statistics and projection, since the norm can be applied afterwards: for
 any pivot c, with x' = x - c, m' = mean(x') and the row sums w_i = sum_j (W diag(g))_ij,
 
     rstd = (mean(x'^2) - m'^2 + eps)^(-1/2),      p = rstd (x' (W diag(g))^T - m' w).

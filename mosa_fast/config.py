@@ -84,7 +84,7 @@ class DataConfig:
     aircraft, food101."""
     root: str | None = option(None, free=True)
     """Folder of the data set (vtab: of all tasks); digits needs none."""
-    download: bool = option(False, families=("gicd",))
+    download: bool = option(False, families=("gicd",), free=True)
     """Fetch what is missing."""
     mode: Literal["tune", "final"] = option("tune", families=("vtab", "gicd"))
     """tune: validation images choose the epoch; final: they are trained on too, so that there is nothing to choose with

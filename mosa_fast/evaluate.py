@@ -45,6 +45,8 @@ def evaluate_run(folder: RunFolder, config: TrainConfig, classes: list[str], spl
     if splits.classes != classes:
         raise ValueError(f"the data set has other classes than {folder} was trained on")
     dataset: Any = getattr(splits, split)
+    if dataset is None:
+        raise ValueError(f"{folder} has no validation images: it was trained on them too (data.mode final)")
     loader = evaluation_loader(dataset, config.optim.batch_size * BATCH_FACTOR, workers=config.data.workers)
     return evaluate(model, loader, ranks, config.precision), len(dataset)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # A block in the name of a parameter, wherever timm's families keep theirs: blocks.3, layers.2.blocks.17
 BLOCK = re.compile(r"(?:.+\.)?blocks\.\d+(?=\.)")
-FINAL_NORM = re.compile(r"(?:norm|fc_norm)\.")
+FINAL_NORM = re.compile(r"(?:norm|fc_norm|head\.norm)\.")
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,10 @@ def biases(model: nn.Module, heads: Sequence[nn.Module], blocks: int) -> Iterabl
 
 
 def last_blocks(model: nn.Module, heads: Sequence[nn.Module], blocks: int) -> Iterable[nn.Parameter]:
-    """The last `blocks` blocks, the final norm and the heads."""
+    """The last `blocks` blocks, the final norm and the heads; ValueError where timm's model has no `blocks`."""
     found = {name: match[0] for name, _ in model.named_parameters() if (match := BLOCK.match(name))}
+    if not found:
+        raise ValueError(f"method partial needs a model made of blocks, {type(model).__name__} has none of that name")
     last = list(dict.fromkeys(found.values()))[-blocks:]
     for name, parameter in model.named_parameters():
         if found.get(name) in last or FINAL_NORM.match(name):

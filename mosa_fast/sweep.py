@@ -4,7 +4,8 @@ Runs recipes times seeds, each as a `python -m mosa_fast.train` of its own, and 
 Finished runs are skipped, so an interrupted sweep is started again with the same command.
 
 `--grid`: every point of the grid is first trained once per recipe with the test images unread; the best on validation,
-of equals the one with the smallest values, is what is then run. Without values, each recipe's own `grid` is taken.
+where several tie the one with the smallest values, is what is then run. Without values, each recipe's own `grid` is
+taken.
 `--vary data.shots=10,50 optim.epochs=60,12`: every recipe is run with the first value of each option, then with the
 second; given again, with all combinations.
 """

@@ -18,8 +18,10 @@ FOLDERS = {
 LAYERS = (
     # words and files of a run: no torch, no model
     "options methods config files recipes run_folder command_line configs assets",
-    "ops kernels csrc",  # operators and what computes them
-    "partition routing nn",  # layers
+    "kernels csrc",
+    "ops",  # operators, which launch them
+    "partition routing",
+    "nn",  # layers
     "backbones data",  # timm models and data sets
     "adapters",  # layers into timm models
     "mosa_fast",  # the package's own __init__: what users import
@@ -99,3 +101,14 @@ def test_no_two_files_of_tests_have_one_name():
     """Pytest imports them by name: with TRITON_INTERPRET=1 it collects those of the interpreter as well."""
     names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
     assert sorted(names) == sorted(set(names))
+
+
+def test_words_and_files_of_a_run_need_neither_torch_nor_a_model():
+    """So that `--help` is quick; what only a type checker reads does not count."""
+    for name, tree in modules().items():
+        if layer(name) == 0:
+            unread = {n for test in ast.walk(tree) if isinstance(test, ast.If) for n in ast.walk(test)}
+            for node in ast.walk(tree):
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "")]
+                if isinstance(node, (ast.Import, ast.ImportFrom)) and node not in unread:
+                    assert not {n.split(".")[0] for n in names} & {"torch", "timm", "torchvision"}, name

@@ -109,7 +109,7 @@ def test_the_grid_is_searched_on_validation_only(tmp_path, trainings):
             parse_grid([item])
 
 
-def test_of_equals_on_validation_the_smallest_values_are_taken(tmp_path, trainings):
+def test_where_several_tie_on_validation_the_smallest_values_are_taken(tmp_path, trainings):
     # 4e-3 and 6e-3 are as far from the best rate
     sweep(make_rows(find_recipes(["digits"])), 1, parse_grid(["optim.lr=6e-3,4e-3"]), tmp_path)
     assert trainings[-1]["optim.lr"] == "4e-3"

@@ -15,23 +15,26 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mosa_fast.adapters.model import AdaptedModel, adapt, adapters
-from mosa_fast.adapters.wrapper import Wrapper
+from mosa_fast.adapters.wrapper import Wrapper, unwrapped, unwrapped_name
 from mosa_fast.backbones.heads import classifiers, heads
 from mosa_fast.config import MoSAConfig
 from mosa_fast.files import write_atomically
 from mosa_fast.nn import SparseProjection
 
 FORMAT = "mosa_fast.adapter.1"
-# What torch.compile and activation checkpointing call the module that they wrap.
-WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
-def save_adapter(model: AdaptedModel, path: str | Path) -> None:
+def save_adapter(model: nn.Module, path: str | Path) -> None:
     """Write adapters (weights, W0, owner maps), head and anything else that is trained to a safetensors file.
+
+    Args:
+        model: adapted; it may be wrapped by torch.compile or DistributedDataParallel.
+        path: the file.
 
     Raises:
         ValueError: the model has no adapters.
     """
+    model = unwrapped(model)
     config = next(adapters(model)).config
     metadata = {"format": FORMAT, "config": json.dumps(config.to_dict())}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained_state(model).items()}
@@ -55,6 +58,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> AdaptedModel:
         FileNotFoundError: there is no such file.
     """
     tensors, config = _read(Path(path))
+    model = unwrapped(model)
     if isinstance(model, AdaptedModel):
         if model.mosa_config != config:
             raise ValueError(f"{path} was saved with {config}, but the model has {model.mosa_config}")
@@ -70,13 +74,13 @@ def load_adapter(model: nn.Module, path: str | Path) -> AdaptedModel:
 def timm_names(model: nn.Module) -> dict[str, str]:
     """The name that every entry of the model's state_dict has without wrappers of any kind, by its name there."""
     own = {
-        _unwrapped(f"{path}.{module.CHILD}" if path else module.CHILD)
+        unwrapped_name(f"{path}.{module.CHILD}" if path else module.CHILD)
         for path, module in model.named_modules()
         if isinstance(module, Wrapper)
     }
     names = {}
     for name in model.state_dict():
-        parts = _unwrapped(name).split(".")
+        parts = unwrapped_name(name).split(".")
         paths = (".".join(parts[: index + 1]) for index in range(len(parts)))
         names[name] = ".".join(part for part, path in zip(parts, paths, strict=True) if path not in own)
     return names
@@ -85,17 +89,22 @@ def timm_names(model: nn.Module) -> dict[str, str]:
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """Everything a trained model has beyond its frozen backbone: trained tensors, adapters' buffers, heads.
 
-    Names are timm's (`timm_names`).
+    With the trained parameters of a module go its buffers: BatchNorm that is trained learns its statistics, too. Names
+    are timm's (`timm_names`).
     """
-    kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    kept = set()
+    for path, module in model.named_modules():
+        own = dict(module.named_parameters(path, recurse=False))
+        trained = {name for name, parameter in own.items() if parameter.requires_grad}
+        kept |= trained | ({name for name, _ in module.named_buffers(path, recurse=False)} if trained else set())
     if isinstance(model, AdaptedModel):
         parts = {id(module) for module in (*adapters(model), *classifiers(model))}
         for path, module in model.named_modules():
             if id(module) in parts:
                 kept |= {f"{path}.{key}" for key in module.state_dict()}
-    kept = {_unwrapped(name) for name in kept}
+    kept = {unwrapped_name(name) for name in kept}
     names = timm_names(model)
-    return {names[name]: tensor for name, tensor in model.state_dict().items() if _unwrapped(name) in kept}
+    return {names[name]: tensor for name, tensor in model.state_dict().items() if unwrapped_name(name) in kept}
 
 
 def load_trained_state(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
@@ -118,14 +127,10 @@ def check_trained_state(model: nn.Module, tensors: dict[str, Tensor], source: st
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise ValueError(f"{source} does not fit this model: {shown}")
-    unwrapped = {_unwrapped(name): timm_name for name, timm_name in names.items()}
+    unwrapped = {unwrapped_name(name): timm_name for name, timm_name in names.items()}
     for path, module in model.named_modules():
         if isinstance(module, SparseProjection):
-            module.check(unwrapped[_unwrapped(f"{path}.weight")].removesuffix(".weight"), tensors)
-
-
-def _unwrapped(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in WRAPPED)
+            module.check(unwrapped[unwrapped_name(f"{path}.weight")].removesuffix(".weight"), tensors)
 
 
 def _prepare(model: nn.Module, config: MoSAConfig, tensors: dict[str, Tensor]) -> AdaptedModel:

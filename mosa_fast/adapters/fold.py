@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mosa_fast.adapters.model import AdaptedBlock, AdaptedModel, adapters
 from mosa_fast.adapters.seams import seam_of
+from mosa_fast.adapters.wrapper import unwrapped, unwrapped_name
 from mosa_fast.backbones.structure import structure_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -46,12 +47,13 @@ def fold(model: AdaptedModel, create_kwargs: Mapping[str, Any] | None = None) ->
             keep it (before 1.0.21).
 
     Returns:
-        The timm model, in evaluation mode; its `create_kwargs` make the same one:
+        The timm model, in evaluation mode and with all its weights trainable; its `create_kwargs` make the same one:
         `timm.create_model(plain.pretrained_cfg["architecture"], **plain.create_kwargs)`.
 
     Raises:
         ValueError: it cannot be folded exactly; the message says why.
     """
+    model = unwrapped(model)  # type: ignore[assignment]
     blocks = {name: block for name, block in model.backbone.named_modules() if isinstance(block, AdaptedBlock)}
     for name, block in blocks.items():
         reason = why_not_folded(block)
@@ -63,7 +65,7 @@ def fold(model: AdaptedModel, create_kwargs: Mapping[str, Any] | None = None) ->
     }
     kwargs, structure = _wider(plain, dict(create_kwargs or getattr(plain, "_model_args", {})), blocks, needed)
     for name in blocks:
-        plain.set_submodule(name, _folded_block(plain.get_submodule(name)))
+        plain.set_submodule(unwrapped_name(name), _folded_block(plain.get_submodule(name)))
     wider_modules: dict[str, Any] = dict(structure.named_modules())
     for name, mlp in plain.named_modules():  # timm widens other MLPs as well, as that of attention pooling
         if type(mlp) is Mlp and type(wider_modules.get(name)) is Mlp:
@@ -73,7 +75,7 @@ def fold(model: AdaptedModel, create_kwargs: Mapping[str, Any] | None = None) ->
         odd = next(name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
         raise ValueError(f"timm makes another model of {kwargs}, which differs in {odd}: give fold its create_kwargs")
     plain.create_kwargs = plain._model_args = kwargs
-    return plain
+    return plain.requires_grad_(True)
 
 
 def why_not_folded(block: AdaptedBlock) -> str | None:

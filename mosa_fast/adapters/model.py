@@ -27,7 +27,8 @@ from mosa_fast.routing import BlockRouting, Routing, as_seed, draw
 
 NOT_ROUTED = (
     "an adapted block in training was not told which experts to use: call the adapted model itself, as in "
-    "model(images, views=2) or model.forward_features(images), or evaluate with model.eval()"
+    "model(images, views=2) or model.forward_features(images), or evaluate with model.eval(). Wrappers that checkpoint "
+    "the blocks forget them, too: call model.set_grad_checkpointing() instead"
 )
 
 CHECKPOINTS_BY_ITSELF = (
@@ -148,8 +149,6 @@ class AdaptedModel(Wrapper):
             with routed(blocks, None, block_outputs=block_outputs):
                 logits = self.backbone(images, **arguments)
             return logits if views == 1 else _repeated(logits, views)  # views of a merged model are all alike
-        if any(map(_checkpoints, (self.backbone, *others))):
-            raise RuntimeError(CHECKPOINTS_BY_ITSELF)
         routing = self._draw(blocks, views, experts, seed)
         views = routing.experts.shape[1]
         per_sample = {name for name, value in arguments.items() if carries_samples(name, value)}
@@ -202,10 +201,10 @@ class AdaptedModel(Wrapper):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each adapted block in the backward pass, with the same experts and dropout."""
+        if any(_checkpoints(m) for m in self.backbone.modules() if not isinstance(m, AdaptedBlock)):
+            self.backbone.set_grad_checkpointing(False)  # type: ignore[operator]
         for block in _parts(self.backbone)[0]:
             block.grad_checkpointing = enable
-        if any(map(_checkpoints, self.backbone.modules())):
-            self.backbone.set_grad_checkpointing(False)  # type: ignore[operator]
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         """As the timm model's; what it makes anew (position embeddings) stays frozen if it was."""
@@ -324,7 +323,11 @@ def _repeated(value: Any, views: int) -> Any:
 
 
 def _parts(backbone: nn.Module) -> tuple[list[AdaptedBlock], list[nn.Module]]:
-    """The adapted blocks in a timm model, and the modules outside of them that run before the last one."""
+    """The adapted blocks in a timm model, and the modules outside of them that run before the last one.
+
+    Raises:
+        RuntimeError: gradient checkpointing is switched on outside of the adapted blocks.
+    """
     blocks: list[AdaptedBlock] = []
     others: list[nn.Module] = []
 
@@ -337,6 +340,8 @@ def _parts(backbone: nn.Module) -> tuple[list[AdaptedBlock], list[nn.Module]]:
                 walk(child)
 
     walk(backbone, AFTER_BLOCKS)
+    if any(map(_checkpoints, (backbone, *others))):
+        raise RuntimeError(CHECKPOINTS_BY_ITSELF)
     return blocks, others
 
 

@@ -1,7 +1,7 @@
 """Make the weights of the embedded backbone: a small ViT pretrained on generated line drawings.
 
 Formula-driven pretraining: every class is a random formula, every image a random rendering of it, so no image is
-anybody's property and none resembles the data it is later tuned on. Three families share one renderer:
+anybody's property and none resembles the data it is later tuned on. Three families have one renderer:
 
 - strokes: a few random cubic Bezier curves (pen-like glyphs);
 - contours: closed curves with random Fourier descriptors of the radius;

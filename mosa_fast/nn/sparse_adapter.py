@@ -64,6 +64,9 @@ class SparseAdapter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        for name, value in (("activation", activation), ("scale", scale), ("dropout", dropout)):
+            if value == "auto":
+                raise ValueError(f"{name} must be given to a layer: 'auto' is for a placement in a model to choose")
         self.config = MoSAConfig(
             bottleneck=bottleneck,
             experts=experts,

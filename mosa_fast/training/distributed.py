@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -42,6 +42,11 @@ class Ranks:
         if self.world == 1:
             return flag
         return bool(self.sum(torch.tensor(int(flag), device=self.device)).item())
+
+    def agree(self, tensors: Iterable[Tensor]) -> None:
+        """Give all processes the first one's values, in place."""
+        for tensor in tensors if self.world > 1 else ():
+            dist.broadcast(tensor, 0)
 
     def barrier(self) -> None:
         """Wait for all processes."""

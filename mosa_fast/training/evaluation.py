@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from mosa_fast.backbones.frozen import set_training
@@ -40,6 +41,8 @@ def evaluate(
     """
     training = model.training
     set_training(model, False)
+    # BatchNorm that is trained has learned other statistics in every process; the first one's are saved.
+    ranks.agree(b for m in model.modules() if isinstance(m, _BatchNorm) for b in m.buffers())
     counts = torch.zeros(2, dtype=torch.int64, device=ranks.device)
     try:
         for batch in batches(loader):

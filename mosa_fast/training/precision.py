@@ -49,6 +49,9 @@ def _convert(module: nn.Module, dtype: torch.dtype) -> None:
     for parameter in module.parameters(recurse=False):
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
+    for name, buffer in module.named_buffers(recurse=False):
+        if buffer.is_floating_point():
+            module._buffers[name] = buffer.to(dtype)
 
 
 def _to_weight_dtype(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ from mosa_fast.adapters.adapter_file import trained_state
 
 
 class Selection:
-    """The epoch with the best validation accuracy, the first of equals; or the last, where nothing is validated.
+    """The epoch with the best validation accuracy, the first where several tie; the last, where nothing is validated.
 
     Args:
         patience: validations in a row without a better one that end a run; None: any number.

@@ -17,11 +17,12 @@ from tiny_vit import make_tiny_vit
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import mosa_fast as mosa
-from mosa_fast.adapters.adapter_file import timm_names, trained_state
+from mosa_fast.adapters.adapter_file import load_trained_state, timm_names, trained_state
 from mosa_fast.adapters.model import adapters
 from mosa_fast.adapters.seams import find_blocks
 from mosa_fast.backbones.frozen import draws_random_numbers
 from mosa_fast.routing import step_seed
+from mosa_fast.training.precision import autocast, input_dtype, store_frozen
 
 
 def adaptable(name):
@@ -244,6 +245,42 @@ def test_adapters_of_wrapped_blocks_are_found(wrap, tmp_path):
     torch.testing.assert_close(model.eval()(images), merged, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager"), torch.nn.DataParallel])
+def test_adapters_of_a_wrapped_model_are_saved_whole(wrap, tmp_path):
+    model, images = make()
+    expected = model(images, views=2, seed=1)
+    mosa.save_adapter(wrap(model), tmp_path / "a.safetensors")
+    assert set(load_file(tmp_path / "a.safetensors")) == set(trained_state(model))
+    loaded = mosa.load_adapter(TINY["vit"](), tmp_path / "a.safetensors").train()
+    assert torch.equal(loaded(images, views=2, seed=1), expected)
+    mosa.load_adapter(wrap(loaded), tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("name", ["hybrid", "xcit"])
+def test_trained_batchnorm_is_saved_with_its_statistics(name):
+    model, other = TINY[name](), TINY[name](seed=1)
+    assert not torch.equal(model(image(model)), other(image(model)))
+    load_trained_state(other, trained_state(model), "the model")  # all of it is trained
+    assert torch.equal(model(image(model)), other(image(model)))
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_half_precision_trains_and_evaluates_every_family(name, precision):
+    if name == "hiera_layer_scale" and precision == "bf16-true":
+        pytest.skip("timm adds a position embedding of float32 to it")
+    model, images = make(name, dropout=0.0)
+    expected = model.eval()(images)
+    store_frozen(model, precision)
+    images = images.to(input_dtype(precision))
+    with autocast(precision, images.device):
+        logits = model(images)
+        model.train()(images, views=2).float().square().sum().backward()
+    assert (logits - expected).abs().max() < 0.3 * expected.abs().max()
+    for parameter in model.parameters():
+        assert not parameter.requires_grad or parameter.dtype == parameter.grad.dtype == torch.float32
+
+
 def test_todays_files_load():
     file = "tests/adapters/data/format_1.safetensors"
     model = mosa.load_adapter(make_tiny_vit(), file)
@@ -273,6 +310,8 @@ def test_names_of_the_timm_model_are_read_and_set_through_the_adapted_one():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = model.nothing
     assert not hasattr(model, "nothing")
+    del model.head
+    assert not hasattr(model.backbone, "head")
 
 
 def test_layer_decay_finds_its_groups():
@@ -310,8 +349,11 @@ def test_checkpointing_set_before_is_taken_over_and_set_on_the_backbone_is_refus
     images = image(plain)
     model(images, views=2).sum().backward()
     model.backbone.set_grad_checkpointing(True)
-    with pytest.raises(RuntimeError, match="call set_grad_checkpointing on the adapted model"):
-        model(images, views=2)
+    for call in (lambda: model(images, views=2), lambda: model.forward_features(images)):
+        with pytest.raises(RuntimeError, match="call set_grad_checkpointing on the adapted model"):
+            call()
+    model.set_grad_checkpointing(True)
+    model(images, views=2).sum().backward()
 
 
 def test_views_are_counted():

@@ -73,6 +73,15 @@ def test_other_placements_and_activations_are_refused(config, message):
         mosa.fold(model)
 
 
+def test_wrapped_blocks_and_models_fold_and_all_is_trainable():
+    model, images = make()
+    expected = mosa.fold(model.eval())(images)
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+    plain = mosa.fold(torch.compile(model, backend="eager"))
+    torch.testing.assert_close(plain(images), expected)
+    assert all(parameter.requires_grad for parameter in plain.parameters())
+
+
 def test_a_merged_model_folds_to_the_same():
     model, images = make()
     plain = mosa.fold(model.eval())

@@ -99,6 +99,9 @@ def test_counts_of_the_merged_adapter_are_the_papers():
         ({"experts": 0}, "experts"),
         ({"share": "both"}, "share must be one of down, up, none"),
         ({"dropout": 1.5}, "dropout"),
+        ({"scale": "auto"}, "scale must be given"),
+        ({"dropout": "auto"}, "dropout must be given"),
+        ({"activation": "auto"}, "activation must be given"),
     ],
 )
 def test_bad_arguments_are_named(kwargs, message):

@@ -71,6 +71,24 @@ def test_the_last_blocks_are_found_in_every_family(tmp_path, name, blocks):
     assert "norm.weight" in trained_names(model)
 
 
+def test_partial_trains_the_norm_in_a_head_and_refuses_what_has_no_blocks(tmp_path):
+    config = tiny_run(tmp_path, method="partial", model=ModelConfig("hiera_tiny_224", pretrained=False))
+    config.data.image_size = 224
+    with torch.device("meta"):
+        assert "head.norm.weight" in trained_names(build_model(config, 10))
+    config.model.name = "resnet10t"
+    with pytest.raises(ValueError, match="method partial needs a model made of blocks, ResNet has none"):
+        build_model(config, 10)
+
+
+def test_a_full_run_on_batchnorm_reports_what_it_evaluates_to(tmp_path):
+    optim = OptimConfig(lr=1e-2, epochs=3, warmup_epochs=0, batch_size=8)
+    config = tiny_run(tmp_path, method="full", model=ModelConfig("resnet10t", pretrained=False), optim=optim)
+    summary = train(config, progress=False)
+    accuracy, _ = evaluate_run(RunFolder(tmp_path), config, [str(i) for i in range(10)], "test")
+    assert accuracy == summary["test_accuracy"]
+
+
 @pytest.mark.parametrize("share", ["down", "up", "none"])
 def test_a_random_mask_is_one_expert_for_good(tmp_path, share):
     """Undivided, in training, evaluation, and merged: the weights of other experts never count."""
