@@ -23,6 +23,8 @@ SCHEMA_TYPES = {
     str: "str",
     float: "float",
     bool: "bool",
+    int: "int",
+    tuple[int, ...]: "int[]",
     torch.dtype: "ScalarType",
 }
 REST = "..."  # in a shape: whatever sizes x has before its last
@@ -194,6 +196,45 @@ class SparseAdapterCall(Call):
         return philox.dropout_threshold(self.dropout)
 
 
+@dataclass(frozen=True)
+class SparseLoRACall(Call):
+    """A call of `mosa_fast.ops.sparse_lora`, whose docstring says what the arguments mean.
+
+    columns: first and last but one column of every target, one pair after the other. scale_tensor, if given, stands in
+    for scale.
+    """
+
+    x: Annotated[Tensor, tensor("... D", gradient="input")]
+    y: Annotated[Tensor, tensor("... O", gradient="input", only_added=True)]
+    down_weight: Annotated[Tensor, tensor("R D", gradient="weight")]
+    up_weight: Annotated[Tensor, tensor("W r", gradient="weight")]
+    down_init: Annotated[Tensor | None, tensor("R D")]
+    down_owner: Annotated[Tensor | None, tensor("R D", torch.uint8)]
+    up_owner: Annotated[Tensor | None, tensor("W r", torch.uint8)]
+    experts: Annotated[Tensor, tensor("T V 2", torch.int32)]
+    scale_tensor: Annotated[Tensor | None, tensor(None, gradient="scale")]
+    columns: tuple[int, ...]
+    num_experts: int
+    scale: float
+    fork: bool
+    product_dtype: torch.dtype
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """The columns of every target, half-open."""
+        return list(zip(self.columns[::2], self.columns[1::2], strict=True))
+
+    @property
+    def rank(self) -> int:
+        """The rank of one target, r."""
+        return self.up_weight.shape[1]
+
+    @property
+    def ranks(self) -> int:
+        """The ranks of all targets, R = T r."""
+        return self.down_weight.shape[0]
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """Dtype of an operator's matrix products: autocast's where it is on (it leaves float64 alone), else x's."""
     device = x.device.type
@@ -206,6 +247,14 @@ def check_device(name: str, value: Tensor, x: Tensor) -> None:
     """Raise a ValueError unless both are on one device."""
     if value.device != x.device:
         raise ValueError(f"{name} is on {value.device}, but x is on {x.device}")
+
+
+def check_scale(scale: float | Tensor, x: Tensor) -> None:
+    """Raise a ValueError unless the scale is a number or a tensor of one."""
+    if isinstance(scale, Tensor):
+        if scale.numel() != 1 or not scale.is_floating_point():
+            raise ValueError(f"scale must be a number or a one-element floating point tensor, got {describe(scale)}")
+        check_device("scale", scale, x)
 
 
 def describe(value: Tensor) -> str:

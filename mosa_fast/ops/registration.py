@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from mosa_fast.ops import launching
+from mosa_fast.ops.backends import KERNELS
 from mosa_fast.ops.call import Call
 
 NAMESPACE = "mosa_fast"
-KERNELS = {"triton": ("sparse_adapter",), "cuda": ("sparse_adapter",)}  # operators that a backend has kernels for
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 

@@ -116,6 +116,7 @@ TILES: dict[tuple[str, str], dict[tuple[int, int], Tile]] = {
         (4, 256): Tile(16, 16, 8, 1),
     },
 }
+SUM_TILE = Tile(rows=16, columns=128)  # second stages: 16 independent loads in flight for each thread
 INTERPRETER = Tile(rows=16, columns=64, warps=4, stages=1)  # small, so that small tests have several blocks
 ROOMY = ("sm_80", "sm_90", "sm_100", "sm_103")  # at least 163 KB of shared memory a program; others may have 99 KB
 VECTOR_BYTES = 16
