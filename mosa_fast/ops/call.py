@@ -60,13 +60,14 @@ class Call:
     """One call of an operator. x is `[N, ..., D]`, and the last sizes of experts are `[V, 2]`.
 
     Tensors come first, annotated with their facts, then options. A tensor that is not given is None. Inside a
-    registered operator all tensors are contiguous. product_dtype: of the matrix products.
+    registered operator all tensors are contiguous, and in its backward the one that is only added is not given.
+    product_dtype: of the matrix products.
     """
 
+    NAME: ClassVar[str]  # of the operator
     TENSORS: ClassVar[dict[str, TensorFacts]]
     OPTIONS: ClassVar[tuple[str, ...]]
-    TENSOR_SCHEMA: ClassVar[str]
-    OPTION_SCHEMA: ClassVar[str]
+    SCHEMA: ClassVar[dict[str, str]]  # each argument as torch.library writes it
     ONLY_ADDED: ClassVar[str]  # the name of the tensor that is
 
     x: Tensor
@@ -74,15 +75,15 @@ class Call:
     fork: bool
     product_dtype: torch.dtype
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, name: str) -> None:
+        cls.NAME = name
         hints = get_type_hints(cls, include_extras=True)
         hints = {name: hints[name] for name in cls.__annotations__}  # in this order, and none that are inherited
         annotated = {name: get_args(hint) for name, hint in hints.items() if hasattr(hint, "__metadata__")}
-        arguments = {n: f"{SCHEMA_TYPES[annotated[n][0] if n in annotated else t]} {n}" for n, t in hints.items()}
+        types = {name: annotated[name][0] if name in annotated else hint for name, hint in hints.items()}
+        cls.SCHEMA = {name: f"{SCHEMA_TYPES[kind]} {name}" for name, kind in types.items()}
         cls.TENSORS = {name: facts for name, (_, facts) in annotated.items()}
-        cls.OPTIONS = tuple(name for name in arguments if name not in annotated)
-        cls.TENSOR_SCHEMA = ", ".join(arguments[name] for name in cls.TENSORS)
-        cls.OPTION_SCHEMA = ", ".join(arguments[name] for name in cls.OPTIONS)
+        cls.OPTIONS = tuple(name for name in hints if name not in annotated)
         (cls.ONLY_ADDED,) = (name for name, facts in cls.TENSORS.items() if facts.only_added)
 
     def values(self) -> list[Any]:
@@ -152,7 +153,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class SparseAdapterCall(Call):
+class SparseAdapterCall(Call, name="sparse_adapter"):
     """A call of `mosa_fast.ops.sparse_adapter`, whose docstring says what the arguments mean.
 
     scale_tensor, if given, stands in for scale, since schemas have no unions. seed is None where nothing is dropped.
@@ -197,7 +198,7 @@ class SparseAdapterCall(Call):
 
 
 @dataclass(frozen=True)
-class SparseLoRACall(Call):
+class SparseLoRACall(Call, name="sparse_lora"):
     """A call of `mosa_fast.ops.sparse_lora`, whose docstring says what the arguments mean.
 
     columns: first and last but one column of every target, one pair after the other. scale_tensor, if given, stands in

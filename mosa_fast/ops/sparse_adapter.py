@@ -92,7 +92,7 @@ def sparse_adapter(
         product_dtype=product_dtype(x),
     )
     _check(call)
-    backend = resolve_backend(x.device, x.dtype, "sparse_adapter")
+    backend = resolve_backend(x.device, x.dtype, call.NAME)
     return reference.sparse_adapter(call) if backend == "reference" else _operator(call, backend)
 
 
@@ -116,7 +116,7 @@ def results(call: SparseAdapterCall, save: bool) -> tuple[Tensor, ...]:
     )
 
 
-_operator = Operator("sparse_adapter", SparseAdapterCall, ("stats", "pre", "vectors"), results)
+_operator = Operator(SparseAdapterCall, ("stats", "pre", "vectors"), results)
 
 
 def _as_tensor(seed: int | Tensor, device: torch.device) -> Tensor:

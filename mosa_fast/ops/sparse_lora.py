@@ -74,7 +74,7 @@ def sparse_lora(
         product_dtype=product_dtype(x),
     )
     _check(call)
-    backend = resolve_backend(x.device, x.dtype, "sparse_lora")
+    backend = resolve_backend(x.device, x.dtype, call.NAME)
     return reference.sparse_lora(call) if backend == "reference" else _operator(call, backend)
 
 
@@ -92,14 +92,13 @@ def results(call: SparseLoRACall, save: bool) -> tuple[Tensor, ...]:
     )
 
 
-_operator = Operator("sparse_lora", SparseLoRACall, ("hidden",), results)
+_operator = Operator(SparseLoRACall, ("hidden",), results)
 
 
 def _check(call: SparseLoRACall) -> None:
     c = call
     c.check()
-    ranges, out_width = c.ranges, c.y.shape[-1]
-    targets = c.experts.shape[0]
+    ranges, targets, out_width = c.ranges, c.experts.shape[0], c.y.shape[-1]
     if len(ranges) != targets:
         raise ValueError(f"columns must have a range for each of the {targets} targets of experts, got {ranges}")
     ends = [0, *c.columns, out_width]
