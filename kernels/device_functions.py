@@ -136,3 +136,65 @@ def dropout_factor(
     odd = tl.join(word1, word3).reshape([rows.shape[0], BLOCK_BOTTLENECK // 2])
     words = tl.join(even, odd).reshape([rows.shape[0], BLOCK_BOTTLENECK])
     return tl.where(words >= threshold.to(tl.uint32), keep_scale, 0.0)
+
+
+NO_RANK = tl.constexpr(1 << 20)  # the first rank of columns that belong to no target: past every rank
+
+
+@triton.jit
+def block_of_columns(block, RANGES: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Where a block of columns lies, when ranges of columns are cut into blocks one after the other.
+
+    RANGES: for each (first column, last but one, row of the up-weight that belongs to the first column, first rank of
+    its target). A block never reaches into the next range.
+
+    Returns:
+        The block's first column, its range's end, its first row of the up-weight, and its target's first rank.
+    """
+    start = block * BLOCK_COLUMNS
+    end = start * 0
+    row = start * 0
+    rank = start * 0
+    first = 0  # block of the range
+    for index in tl.static_range(len(RANGES)):
+        last = first + (RANGES[index][1] - RANGES[index][0] + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+        inside = (block >= first) & (block < last)
+        columns_before = (block - first) * BLOCK_COLUMNS
+        start = tl.where(inside, RANGES[index][0] + columns_before, start)
+        end = tl.where(inside, RANGES[index][1], end)
+        row = tl.where(inside, RANGES[index][2] + columns_before, row)
+        rank = tl.where(inside, RANGES[index][3], rank)
+        first = last
+    return start, end, row, rank
+
+
+@triton.jit
+def target_tile(
+    weight_ptr,
+    owner_ptr,
+    experts,
+    inverse_experts,
+    row,
+    column_valid,
+    first_rank,
+    ranks,
+    RANK: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Up-weights of a block of columns as a tile `[BLOCK_COLUMNS, ranks of all targets]`, float32.
+
+    Zero but for the ranks of the columns' own target: one product serves all targets, at the price of multiplying by
+    zeros, which the tensor cores have time for. experts: the up-expert of each rank's target.
+    """
+    own = ranks - first_rank
+    rows = row + tl.arange(0, BLOCK_COLUMNS)
+    valid = column_valid[:, None] & ((own >= 0) & (own < RANK))[None, :]
+    offsets = rows[:, None] * RANK + own[None, :]
+    return weight_tile(weight_ptr, None, owner_ptr, offsets, valid, experts[None, :], inverse_experts, EVEN)
+
+
+@triton.jit
+def target_experts(experts_ptr, projection, group, groups, ranks, RANK: tl.constexpr, RANKS: tl.constexpr):
+    """The expert of each rank's target for one group; projection: 0 down, 1 up. experts: int32 `[T, V, 2]`."""
+    return tl.load(experts_ptr + ((ranks // RANK) * groups + group) * 2 + projection, mask=ranks < RANKS, other=0)

@@ -13,7 +13,8 @@ everywhere for merged), 0 elsewhere: the zeros are written by the kernel.
 
 Stage 1: the tokens are cut into segments, each inside one group; a program owns some consecutive segments and a block
 of columns, keeps y^T h and Q for one segment in registers, and adds what its group owns to its own slice of `partial`,
-so memory does not grow with V. Stage 2 sums the slices in a fixed order. No atomics: equal input gives equal bits.
+so memory does not grow with V. Stage 2 sums the slices in a fixed order (reductions.py), and for the biases the sums of
+y and t of the segments. No atomics: equal input gives equal bits.
 
 Bytes, for M rows, s bytes an element, S slices: read y: M D s, x: M D s, h and t: 2 M r s (again from the L2 cache by
 every column block); write and read `partial`: 2 * S * (2 D r + 2 D) * 4. S is chosen so that one wave of programs
@@ -68,13 +69,13 @@ def sparse_adapter_bwd_weight_kernel(
     """One program: one slice and BLOCK_COLUMNS columns, BLOCK_ROWS tokens at a time.
 
     Segment i is piece i % pieces, of piece_rows rows, of group i // pieces. ACCUMULATE: a slice may have several.
-    partial: float32 `[S, 2 D r + 2 D]`: dU, dW, dg, db. up_sums: float32 `[segments, D]`, sum y. down_sums: float32
-    `[segments, r]`, sum t.
+    partial: float32 `[S, 2 D r + 2 D]`: dU, dW, and with a norm dg, db. up_sums: float32 `[segments, D]`, sum y.
+    down_sums: float32 `[segments, r]`, sum t.
     """
     COLUMN_BLOCKS: tl.constexpr = triton.cdiv(WIDTH, BLOCK_COLUMNS)
     EVEN_COLUMNS: tl.constexpr = WIDTH % BLOCK_COLUMNS == 0
     EVEN_WEIGHTS: tl.constexpr = EVEN_COLUMNS and BOTTLENECK == BLOCK_BOTTLENECK
-    PARTIAL: tl.constexpr = 2 * WIDTH * BOTTLENECK + 2 * WIDTH
+    PARTIAL: tl.constexpr = 2 * WIDTH * BOTTLENECK + (2 * WIDTH if norm_weight_ptr is not None else 0)
     slice_index = tl.program_id(0) // COLUMN_BLOCKS
     column_block = tl.program_id(0) % COLUMN_BLOCKS
     columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
@@ -179,43 +180,9 @@ def sparse_adapter_bwd_weight_kernel(
         tl.store(down_partial + down_offsets, product, mask=down_valid)
 
 
-@triton.jit(do_not_specialize=["slices"])
-def sum_slices_kernel(
-    partial_ptr,
-    grad_up_weight_ptr,
-    grad_down_weight_ptr,
-    grad_norm_weight_ptr,
-    grad_norm_bias_ptr,
-    slices,
-    WIDTH: tl.constexpr,
-    BOTTLENECK: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    """Stage 2 of the weights: partial `[S, 2 D r + 2 D]` summed over its S rows and handed to the four gradients."""
-    WEIGHTS: tl.constexpr = WIDTH * BOTTLENECK
-    PARTIAL: tl.constexpr = 2 * WEIGHTS + 2 * WIDTH
-    offsets = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    # Without a norm its part of `partial` was never written.
-    valid = offsets < (PARTIAL if grad_norm_weight_ptr is not None else 2 * WEIGHTS)
-    total = tl.zeros([BLOCK_COLUMNS], tl.float32)
-    for start in range(0, slices, BLOCK_ROWS):
-        index = start + tl.arange(0, BLOCK_ROWS)
-        tile = index.to(tl.int64)[:, None] * PARTIAL + offsets[None, :]
-        total += tl.sum(tl.load(partial_ptr + tile, mask=(index < slices)[:, None] & valid[None, :], other=0.0), axis=0)
-    tl.store(grad_up_weight_ptr + offsets, total, mask=offsets < WEIGHTS)
-    offsets -= WEIGHTS
-    tl.store(grad_down_weight_ptr + offsets, total, mask=(offsets >= 0) & (offsets < WEIGHTS))
-    if grad_norm_weight_ptr is not None:
-        offsets -= WEIGHTS
-        tl.store(grad_norm_weight_ptr + offsets, total, mask=(offsets >= 0) & (offsets < WIDTH))
-        offsets -= WIDTH
-        tl.store(grad_norm_bias_ptr + offsets, total, mask=(offsets >= 0) & (offsets < WIDTH))
-
-
 @triton.jit
 def _bias_rows(
-    sums_ptr, expert_ids_ptr, grad_out_ptr, block, segments, pieces, scale,
+    sums_ptr, expert_ids_ptr, grad_bias_ptr, block, segments, pieces, scale,
     COLUMNS: tl.constexpr, EXPERTS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Gradient `[E, COLUMNS]` of a bias, for a block of columns, from the segments' sums."""
@@ -232,22 +199,19 @@ def _bias_rows(
         else:
             total += sums[None, :]
     tile = experts[:, None] * COLUMNS + columns[None, :]
-    tl.store(grad_out_ptr + tile, total * scale, mask=(experts < EXPERTS)[:, None] & (columns < COLUMNS)[None, :])
+    tl.store(grad_bias_ptr + tile, total * scale, mask=(experts < EXPERTS)[:, None] & (columns < COLUMNS)[None, :])
 
 
-@triton.jit(do_not_specialize=["segments", "pieces", "programs"])
+@triton.jit(do_not_specialize=["segments", "pieces"])
 def sum_segments_kernel(
     up_sums_ptr,
     down_sums_ptr,
     experts_ptr,
     scale_tensor_ptr,
-    scale_partial_ptr,
     grad_up_bias_ptr,
     grad_down_bias_ptr,
-    grad_scale_tensor_ptr,
     segments,
     pieces,
-    programs,
     scale,
     WIDTH: tl.constexpr,
     BOTTLENECK: tl.constexpr,
@@ -257,13 +221,11 @@ def sum_segments_kernel(
     DOWN_SPLIT: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Stage 2 of the biases and of the scale: programs for blocks of D, then of r, then one for the scale.
+    """Stage 2 of the biases: programs for blocks of D, then of r.
 
-    grad_up_bias: `[E, D]`, grad_down_bias: `[E, r]`, grad_scale_tensor: one element. scale_partial: one number for each
-    of the input kernel's `programs`. Reads segments * (D + r) * 4 bytes.
+    grad_up_bias: `[E, D]`, grad_down_bias: `[E, r]`. Reads segments * (D + r) * 4 bytes.
     """
     UP_BLOCKS: tl.constexpr = triton.cdiv(WIDTH, BLOCK_COLUMNS)
-    DOWN_BLOCKS: tl.constexpr = triton.cdiv(BOTTLENECK, BLOCK_COLUMNS)
     block = tl.program_id(0)
     if scale_tensor_ptr is not None:
         scale = tl.load(scale_tensor_ptr).to(tl.float32)
@@ -272,14 +234,8 @@ def sum_segments_kernel(
             up_sums_ptr, experts_ptr + 1, grad_up_bias_ptr, block, segments, pieces, scale,
             WIDTH, UP_EXPERTS, UP_SPLIT, BLOCK_COLUMNS,
         )  # fmt: skip
-    elif block < UP_BLOCKS + DOWN_BLOCKS:
+    else:
         _bias_rows(
             down_sums_ptr, experts_ptr, grad_down_bias_ptr, block - UP_BLOCKS, segments, pieces, 1.0,
             BOTTLENECK, DOWN_EXPERTS, DOWN_SPLIT, BLOCK_COLUMNS,
         )  # fmt: skip
-    elif grad_scale_tensor_ptr is not None:
-        index = tl.arange(0, BLOCK_COLUMNS)
-        total = tl.zeros([BLOCK_COLUMNS], tl.float32)
-        for start in range(0, programs, BLOCK_COLUMNS):
-            total += tl.load(scale_partial_ptr + start + index, mask=start + index < programs, other=0.0)
-        tl.store(grad_scale_tensor_ptr, tl.sum(total, axis=0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,9 @@ from kernel_cases import shape_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mosa_fast.ops import launching, sparse_adapter_triton, triton_launching, triton_tiles
-from mosa_fast.ops.call import SparseAdapterCall
-from mosa_fast.ops.sparse_adapter import results
+from mosa_fast.ops import launching, sparse_adapter_triton, sparse_lora_triton, triton_launching, triton_tiles
+from mosa_fast.ops.call import Call, SparseAdapterCall, SparseLoRACall
+from mosa_fast.ops.registration import OPERATORS
 from mosa_fast.ops.triton_tiles import Tile
 
 TARGETS = {
@@ -37,6 +37,7 @@ TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
+LAUNCHERS = {"sparse_adapter": sparse_adapter_triton, "sparse_lora": sparse_lora_triton}
 MULTIPROCESSORS = 132  # an H100's: decides only whether a slice of the weight gradients has one segment or more
 ALIGNED = [["tt.divisibility", 16]]
 
@@ -67,7 +68,19 @@ class Compiled:
         return len(re.findall(rf"\b{mnemonic}\b", self.sass))
 
 
-def call(
+def without_data(
+    kind: type[Call], sizes: dict[str, Any], dtypes: dict[str, torch.dtype], absent: Sequence[str], **given: Any
+) -> Any:
+    """A call on tensors of these sizes, by their letters, that have no data; float32 unless `dtypes` or facts say."""
+    for name, facts in kind.TENSORS.items():
+        if name not in given:
+            dtype = facts.dtype or dtypes.get(name, torch.float32)
+            shape = () if name in absent else shape_of(facts, sizes)
+            given[name] = None if name in absent else torch.empty(shape, dtype=dtype, device="meta")
+    return kind(**given)
+
+
+def adapter_call(
     width: int = 768,
     bottleneck: int = 64,
     dtype: torch.dtype = torch.bfloat16,
@@ -83,23 +96,15 @@ def call(
     scale_tensor: bool = False,
     tokens: int = 197,
 ) -> SparseAdapterCall:
-    """A call without data: by default the costliest one, both projections split, norm, gelu and dropout."""
-
-    def tensor(*shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    sizes = {"...": (2 * groups, tokens), "D": width, "r": bottleneck, "V": groups, "E": experts if split else 1}
-    given = {
-        "scale_tensor": tensor(1) if scale_tensor else None,
-        "seed": tensor(2, dtype=torch.int64) if dropout else None,
-    }
-    for name, facts in SparseAdapterCall.TENSORS.items():
-        if name not in given:
-            wanted = norm if name.startswith("norm") else split if name.endswith(("init", "owner")) else True
-            inputs = dtype if facts.gradient == "input" else torch.float32
-            given[name] = tensor(*shape_of(facts, sizes), dtype=facts.dtype or inputs) if wanted else None
-    return SparseAdapterCall(
-        **given,
+    """A call of sparse_adapter: by default the costliest one, both projections split, norm, gelu and dropout."""
+    absent = () if split else ("down_init", "down_owner", "up_owner")
+    return without_data(
+        SparseAdapterCall,
+        {"...": (2 * groups, tokens), "D": width, "r": bottleneck, "V": groups, "E": experts if split else 1},
+        {"x": dtype, "skip": dtype},
+        absent if norm else (*absent, "norm_weight", "norm_bias"),
+        scale_tensor=torch.empty(1, device="meta") if scale_tensor else None,
+        seed=torch.empty(2, dtype=torch.int64, device="meta") if dropout else None,
         activation=activation,
         scale=0.1,
         dropout=dropout,
@@ -107,6 +112,38 @@ def call(
         fork=fork,
         eps=1e-6,
         product_dtype=product_dtype or dtype,
+    )
+
+
+def lora_call(
+    width: int = 768,
+    out_width: int = 2304,
+    columns: tuple[int, ...] = (0, 768, 1536, 2304),
+    rank: int = 16,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    groups: int = 2,
+    experts: int = 4,
+    product_dtype: torch.dtype | None = None,
+    split: bool = True,
+    fork: bool = False,
+    scale_tensor: bool = False,
+) -> SparseLoRACall:
+    """A call of sparse_lora: by default q and v of ViT-B's fused qkv, both projections split."""
+    targets, trained = len(columns) // 2, sum(columns[1::2]) - sum(columns[::2])
+    product_dtype = product_dtype or dtype
+    sizes = {"...": (2 * groups, 197), "D": width, "O": out_width, "W": trained, "r": rank, "R": targets * rank}
+    return without_data(
+        SparseLoRACall,
+        sizes | {"T": targets, "V": groups},
+        {"x": dtype, "y": product_dtype},  # under autocast a linear gives the products' dtype
+        () if split else ("down_init", "down_owner", "up_owner"),
+        scale_tensor=torch.empty(1, device="meta") if scale_tensor else None,
+        columns=columns,
+        num_experts=experts,
+        scale=1.0,
+        fork=fork,
+        product_dtype=product_dtype,
     )
 
 
@@ -127,17 +164,18 @@ def recording(architecture: str) -> Iterator[list[Launch]]:
         yield launches
 
 
-def launches(c: SparseAdapterCall, architecture: str) -> list[Launch]:
+def launches(c: Call, architecture: str) -> list[Launch]:
     """What a forward and a backward of this call launch, with every gradient wanted."""
+    launchers = LAUNCHERS[c.NAME]
     with recording(architecture) as recorded:
-        out, *saved = results(c, save=True)
-        sparse_adapter_triton.forward(c, out, saved)
+        out, *saved = OPERATORS[c.NAME].results(c, True)
+        launchers.forward(c, out, saved)
         gradients = {
             name: torch.empty_like(value)
             for name, value in c.tensors().items()
-            if value is not None and c.TENSORS[name].gradient is not None and (name != "skip" or c.fork)
+            if value is not None and c.TENSORS[name].gradient is not None and (name != c.ONLY_ADDED or c.fork)
         }
-        sparse_adapter_triton.backward(c, out, saved, gradients)
+        launchers.backward(c, out, saved, gradients)
     return recorded
 
 

@@ -9,22 +9,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from mosa_fast.ops import backend, launching, sparse_adapter
-from mosa_fast.ops.call import SparseAdapterCall, TensorFacts
+from mosa_fast.ops import backend, launching, sparse_adapter, sparse_lora
+from mosa_fast.ops.call import Call, SparseAdapterCall, SparseLoRACall, TensorFacts
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 EAGER_FACTOR = 2.0  # kernels may be at most this much worse than eager PyTorch in the same dtype
 # Below this luck decides: one rounding to 16 bits, or eight to 32.
 EAGER_FLOOR = {torch.float32: 8 * 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
-DIFFERENTIABLE = tuple(
-    name.removesuffix("_tensor") for name, facts in SparseAdapterCall.TENSORS.items() if facts.gradient is not None
-)
+
+
+def differentiable(call: type[Call]) -> tuple[str, ...]:
+    """The arguments of an operator's public function that get a gradient."""
+    return tuple(n.removesuffix("_tensor") for n, facts in call.TENSORS.items() if facts.gradient is not None)
+
+
+DIFFERENTIABLE = differentiable(SparseAdapterCall)
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,49 @@ class Case:
 
     def __str__(self) -> str:
         return self.name
+
+    def make(self, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Any]:
+        """Arguments of the operator: activations in `dtype`, weights in float32."""
+        c = self
+        generator = torch.Generator().manual_seed(seed)
+        sizes = {"...": (c.samples, *(c.shape or (c.tokens,))), "D": c.width, "r": c.bottleneck}
+        experts = {"down_bias": c.experts if c.split_down else 1, "up_bias": c.experts if c.split_up else 1}
+        given = {
+            "skip": c.skip,
+            "norm_weight": c.norm,
+            "norm_bias": c.norm,
+            "down_init": c.init,
+            "down_owner": c.split_down,
+            "up_owner": c.split_up,
+        }
+        arguments: dict[str, Any] = {
+            "experts": torch.tensor(c.groups, dtype=torch.int32, device=device),
+            "activation": c.activation,
+            "scale": c.scale.to(device, copy=True) if isinstance(c.scale, Tensor) else c.scale,
+            "dropout": c.dropout,
+            "seed": torch.tensor(c.seed, device=device) if isinstance(c.seed, tuple) else c.seed,
+            "add_input": c.add_input,
+            "fork": c.fork,
+            "eps": 1e-5,
+        }
+        for name, facts in SparseAdapterCall.TENSORS.items():
+            if facts.shape is None or name in arguments:
+                continue
+            shape = shape_of(facts, sizes | {"E": experts.get(name)})
+            if facts.dtype == torch.uint8:
+                made = torch.randint(c.experts, shape, generator=generator, dtype=torch.int32).to(torch.uint8)
+            else:
+                made = torch.randn(shape, generator=generator)
+                if name == "x":
+                    made = (made + c.offset).to(dtype)
+                elif name == "skip":
+                    made = made.to(c.skip_dtype or dtype)
+                else:
+                    # Weights keep a row's size; vectors are small, around one for the norm's weight.
+                    made *= shape[-1] ** -0.5 if facts.shape in (("r", "D"), ("D", "r")) else 0.2
+                    made += name == "norm_weight"
+            arguments[name] = made.to(device) if given.get(name, True) else None
+        return arguments
 
 
 NO_NORM = {"norm": False, "init": False}
@@ -102,48 +150,18 @@ CASES = [
 ]
 
 
-def make(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Any]:
-    """Arguments of the operator: activations in `dtype`, weights in float32."""
-    c = case
-    generator = torch.Generator().manual_seed(seed)
-    sizes = {"...": (c.samples, *(c.shape or (c.tokens,))), "D": c.width, "r": c.bottleneck}
-    experts = {"down_bias": c.experts if c.split_down else 1, "up_bias": c.experts if c.split_up else 1}
-    given = {
-        "skip": c.skip,
-        "norm_weight": c.norm,
-        "norm_bias": c.norm,
-        "down_init": c.init,
-        "down_owner": c.split_down,
-        "up_owner": c.split_up,
-    }
-    arguments: dict[str, Any] = {
-        "experts": torch.tensor(c.groups, dtype=torch.int32, device=device),
-        "activation": c.activation,
-        "scale": c.scale.to(device, copy=True) if isinstance(c.scale, Tensor) else c.scale,
-        "dropout": c.dropout,
-        "seed": torch.tensor(c.seed, device=device) if isinstance(c.seed, tuple) else c.seed,
-        "add_input": c.add_input,
-        "fork": c.fork,
-        "eps": 1e-5,
-    }
-    for name, facts in SparseAdapterCall.TENSORS.items():
-        if facts.shape is None or name in arguments:
-            continue
-        shape = shape_of(facts, sizes | {"E": experts.get(name)})
-        if facts.dtype == torch.uint8:
-            made = torch.randint(c.experts, shape, generator=generator, dtype=torch.int32).to(torch.uint8)
-        else:
-            made = torch.randn(shape, generator=generator)
-            if name == "x":
-                made = (made + c.offset).to(dtype)
-            elif name == "skip":
-                made = made.to(c.skip_dtype or dtype)
-            else:
-                # Weights keep a row's size; vectors are small, around one for the norm's weight.
-                made *= shape[-1] ** -0.5 if facts.shape in (("r", "D"), ("D", "r")) else 0.2
-                made += name == "norm_weight"
-        arguments[name] = made.to(device) if given.get(name, True) else None
-    return arguments
+class AnyCase(Protocol):
+    """What a check needs of a case."""
+
+    gradients: tuple[str, ...]
+
+    def make(self, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Any]:
+        """Arguments of the operator that it is a case of."""
+
+
+def make(case: AnyCase, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Any]:
+    """Arguments of the operator."""
+    return case.make(dtype, device, seed)
 
 
 def shape_of(facts: TensorFacts, sizes: dict[str, Any]) -> tuple[int, ...]:
@@ -158,11 +176,13 @@ def shape_of(facts: TensorFacts, sizes: dict[str, Any]) -> tuple[int, ...]:
 def run(
     name: str,
     arguments: dict[str, Any],
-    wanted: tuple[str, ...] = DIFFERENTIABLE,
+    wanted: tuple[str, ...] | None = None,
     dtype: torch.dtype | None = None,
     autocast: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Output and gradients with a backend, `dtype` (of everything; None: as it is), and perhaps autocast to a dtype."""
+    """Output and gradients (None: all) with a backend, `dtype` (of everything; None: as it is), perhaps autocast."""
+    operator, call = (sparse_lora, SparseLoRACall) if "columns" in arguments else (sparse_adapter, SparseAdapterCall)
+    wanted = differentiable(call) if wanted is None else wanted
     leaves = {}
     for key, value in arguments.items():
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -170,7 +190,7 @@ def run(
             leaves[key] = value.requires_grad_(key in wanted)
     device = arguments["x"].device.type
     with backend(name), torch.autocast(device, autocast, enabled=autocast is not None):
-        out = sparse_adapter(**arguments | leaves)
+        out = operator(**arguments | leaves)
     results = {"out": out.detach()}
     leaves = {key: leaf for key, leaf in leaves.items() if leaf.requires_grad}
     generator = torch.Generator().manual_seed(99)
@@ -182,6 +202,8 @@ def run(
 
 def kernel_out_dtype(arguments: dict[str, Any]) -> torch.dtype:
     """Dtype of the output that the kernels give; the oracle gets the same rounded gradient."""
+    if "columns" in arguments:
+        return arguments["y"].dtype
     x, skip = arguments["x"], arguments["skip"]
     return x.dtype if skip is None else torch.promote_types(x.dtype, skip.dtype)
 
@@ -191,7 +213,7 @@ def error(value: Tensor, truth: Tensor) -> float:
     return ((value.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
 
 
-def check(case: Case, dtype: torch.dtype, device: str, name: str = "triton", seed: int = 0) -> dict[str, float]:
+def check(case: AnyCase, dtype: torch.dtype, device: str, name: str = "triton", seed: int = 0) -> dict[str, float]:
     """Compare a backend with the oracle and with eager; return its errors."""
     arguments = make(case, dtype, device, seed)
     oracle = run("reference", arguments, case.gradients, torch.float64)
@@ -229,6 +251,6 @@ def poisoned() -> Iterator[None]:
         yield
 
 
-def variant(case: Case, **changes: Any) -> Case:
+def variant(case: Any, **changes: Any) -> Any:
     """The case with some fields changed."""
     return replace(case, **changes)

@@ -14,6 +14,8 @@ import torch
 from mosa_fast.ops import extension
 
 BACKENDS = ("reference", "triton", "cuda")
+# The operators that a backend has kernels for; the reference serves all.
+KERNELS = {"triton": ("sparse_adapter", "sparse_lora"), "cuda": ("sparse_adapter",)}
 ENVIRONMENT_VARIABLE = "MOSA_FAST_BACKEND"
 LEAST_CAPABILITY = (8, 0)  # Ampere: bfloat16 tensor cores and asynchronous copies
 
@@ -70,8 +72,8 @@ def get_backend() -> str:
     return name
 
 
-def resolve_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that serves tensors of this device and dtype.
+def resolve_backend(device: torch.device, dtype: torch.dtype, operator: str) -> str:
+    """The backend that serves an operator on tensors of this device and dtype.
 
     Raises:
         RuntimeError: a backend was asked for by name and cannot serve them.
@@ -80,19 +82,21 @@ def resolve_backend(device: torch.device, dtype: torch.dtype) -> str:
     if name == "auto":
         if device.type != "cuda" or dtype == torch.float64:
             return "reference"
-        return _automatic()
-    reason = unavailable_reason(name) or _unserved(name, device, dtype)
+        return _automatic(operator)
+    reason = unavailable_reason(name) or _unserved(name, device, dtype, operator)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot serve: {reason}")
     return name
 
 
 @_constant
-def _automatic() -> str:
+def _automatic(operator: str) -> str:
     """What `auto` picks on a GPU: nothing that would have to be compiled for minutes first."""
-    if unavailable_reason("triton") is None:
+    if operator in KERNELS["triton"] and unavailable_reason("triton") is None:
         return "triton"
-    return "cuda" if unavailable_reason("cuda") is None and extension.built() else "reference"
+    if operator in KERNELS["cuda"] and unavailable_reason("cuda") is None and extension.built():
+        return "cuda"
+    return "reference"
 
 
 @_constant
@@ -137,10 +141,13 @@ def emulated() -> bool:
     return extension.emulated()
 
 
-def _unserved(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why an available backend does not take tensors of this device and dtype."""
+def _unserved(name: str, device: torch.device, dtype: torch.dtype, operator: str) -> str | None:
+    """Why an available backend does not serve an operator on tensors of this device and dtype."""
     if name == "reference":
         return None
+    if operator not in KERNELS[name]:
+        others = ", ".join(other for other in BACKENDS if operator in KERNELS.get(other, (operator,)))
+        return f"it has no kernels for {operator}; use one of {others}"
     if dtype == torch.float64:
         return "float64 is for the reference backend"
     if device.type != "cuda" and not (interpreted() if name == "triton" else emulated()):

@@ -23,6 +23,8 @@ SCHEMA_TYPES = {
     str: "str",
     float: "float",
     bool: "bool",
+    int: "int",
+    tuple[int, ...]: "int[]",
     torch.dtype: "ScalarType",
 }
 REST = "..."  # in a shape: whatever sizes x has before its last
@@ -58,13 +60,14 @@ class Call:
     """One call of an operator. x is `[N, ..., D]`, and the last sizes of experts are `[V, 2]`.
 
     Tensors come first, annotated with their facts, then options. A tensor that is not given is None. Inside a
-    registered operator all tensors are contiguous. product_dtype: of the matrix products.
+    registered operator all tensors are contiguous, and in its backward the one that is only added is not given.
+    product_dtype: of the matrix products.
     """
 
+    NAME: ClassVar[str]  # of the operator
     TENSORS: ClassVar[dict[str, TensorFacts]]
     OPTIONS: ClassVar[tuple[str, ...]]
-    TENSOR_SCHEMA: ClassVar[str]
-    OPTION_SCHEMA: ClassVar[str]
+    SCHEMA: ClassVar[dict[str, str]]  # each argument as torch.library writes it
     ONLY_ADDED: ClassVar[str]  # the name of the tensor that is
 
     x: Tensor
@@ -72,15 +75,15 @@ class Call:
     fork: bool
     product_dtype: torch.dtype
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, name: str) -> None:
+        cls.NAME = name
         hints = get_type_hints(cls, include_extras=True)
         hints = {name: hints[name] for name in cls.__annotations__}  # in this order, and none that are inherited
         annotated = {name: get_args(hint) for name, hint in hints.items() if hasattr(hint, "__metadata__")}
-        arguments = {n: f"{SCHEMA_TYPES[annotated[n][0] if n in annotated else t]} {n}" for n, t in hints.items()}
+        types = {name: annotated[name][0] if name in annotated else hint for name, hint in hints.items()}
+        cls.SCHEMA = {name: f"{SCHEMA_TYPES[kind]} {name}" for name, kind in types.items()}
         cls.TENSORS = {name: facts for name, (_, facts) in annotated.items()}
-        cls.OPTIONS = tuple(name for name in arguments if name not in annotated)
-        cls.TENSOR_SCHEMA = ", ".join(arguments[name] for name in cls.TENSORS)
-        cls.OPTION_SCHEMA = ", ".join(arguments[name] for name in cls.OPTIONS)
+        cls.OPTIONS = tuple(name for name in hints if name not in annotated)
         (cls.ONLY_ADDED,) = (name for name, facts in cls.TENSORS.items() if facts.only_added)
 
     def values(self) -> list[Any]:
@@ -150,7 +153,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class SparseAdapterCall(Call):
+class SparseAdapterCall(Call, name="sparse_adapter"):
     """A call of `mosa_fast.ops.sparse_adapter`, whose docstring says what the arguments mean.
 
     scale_tensor, if given, stands in for scale, since schemas have no unions. seed is None where nothing is dropped.
@@ -194,6 +197,45 @@ class SparseAdapterCall(Call):
         return philox.dropout_threshold(self.dropout)
 
 
+@dataclass(frozen=True)
+class SparseLoRACall(Call, name="sparse_lora"):
+    """A call of `mosa_fast.ops.sparse_lora`, whose docstring says what the arguments mean.
+
+    columns: first and last but one column of every target, one pair after the other. scale_tensor, if given, stands in
+    for scale.
+    """
+
+    x: Annotated[Tensor, tensor("... D", gradient="input")]
+    y: Annotated[Tensor, tensor("... O", gradient="input", only_added=True)]
+    down_weight: Annotated[Tensor, tensor("R D", gradient="weight")]
+    up_weight: Annotated[Tensor, tensor("W r", gradient="weight")]
+    down_init: Annotated[Tensor | None, tensor("R D")]
+    down_owner: Annotated[Tensor | None, tensor("R D", torch.uint8)]
+    up_owner: Annotated[Tensor | None, tensor("W r", torch.uint8)]
+    experts: Annotated[Tensor, tensor("T V 2", torch.int32)]
+    scale_tensor: Annotated[Tensor | None, tensor(None, gradient="scale")]
+    columns: tuple[int, ...]
+    num_experts: int
+    scale: float
+    fork: bool
+    product_dtype: torch.dtype
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """The columns of every target, half-open."""
+        return list(zip(self.columns[::2], self.columns[1::2], strict=True))
+
+    @property
+    def rank(self) -> int:
+        """The rank of one target, r."""
+        return self.up_weight.shape[1]
+
+    @property
+    def ranks(self) -> int:
+        """The ranks of all targets, R = T r."""
+        return self.down_weight.shape[0]
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """Dtype of an operator's matrix products: autocast's where it is on (it leaves float64 alone), else x's."""
     device = x.device.type
@@ -206,6 +248,14 @@ def check_device(name: str, value: Tensor, x: Tensor) -> None:
     """Raise a ValueError unless both are on one device."""
     if value.device != x.device:
         raise ValueError(f"{name} is on {value.device}, but x is on {x.device}")
+
+
+def check_scale(scale: float | Tensor, x: Tensor) -> None:
+    """Raise a ValueError unless the scale is a number or a tensor of one."""
+    if isinstance(scale, Tensor):
+        if scale.numel() != 1 or not scale.is_floating_point():
+            raise ValueError(f"scale must be a number or a one-element floating point tensor, got {describe(scale)}")
+        check_device("scale", scale, x)
 
 
 def describe(value: Tensor) -> str:

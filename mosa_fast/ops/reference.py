@@ -1,11 +1,15 @@
-"""The operator in plain PyTorch: the oracle of every kernel, and what runs on a CPU.
+"""The operators in plain PyTorch: the oracle of every kernel, and what runs on a CPU.
 
-For group v with experts (d, u), M tokens x in R^[M, D]:
+sparse_adapter: for group v with experts (d, u), M tokens x in R^[M, D]:
 
     n = norm(x)                                     (or x)
     h = act(n W_down[d]^T + b_down[d])              [M, r]
     y = drop(h) W_up[u]^T + b_up[u]                 [M, D]
     out = (x) + (skip) + scale * y
+
+sparse_lora: for group v and a target, which draw the experts (d, u), M tokens x in R^[M, D], y in R^[M, O]:
+
+    out = y + scale * (x W_down[d]^T) W_up[u]^T     in the target's columns, y in those of no target
 
 with W[e] = W0 + (W - W0) * [owner == e] and, for the merged id -1, W0 + (W - W0) / E (docs/method.md, Weights and
 gradients, Merge). Everything is differentiable by autograd, so this file also defines the gradients: an expert's
@@ -20,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mosa_fast.ops.call import SparseAdapterCall
+from mosa_fast.ops.call import SparseAdapterCall, SparseLoRACall
 from mosa_fast.ops.philox import dropout_keep
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
@@ -59,9 +63,43 @@ def sparse_adapter(call: SparseAdapterCall) -> Tensor:
         return out.expand(c.groups, -1, -1).reshape(c.out_samples, *x.shape[1:]).to(c.out_dtype)
 
 
+def sparse_lora(call: SparseLoRACall) -> Tensor:
+    """`mosa_fast.ops.sparse_lora` on a checked call."""
+    c, x, y = call, call.x, call.y
+    sum_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    groups = 1 if c.fork else c.groups
+    down_ids, up_ids = c.experts.unbind(-1)  # [T, V]
+
+    with torch.autocast(x.device.type, enabled=False):
+        ids = down_ids.mT.repeat_interleave(c.rank, dim=1)  # [V, T r]: of each row of the weight
+        down = expert_weight(c.down_weight, c.down_init, c.down_owner, ids, c.num_experts)
+        # [1, M, D] when all groups read the same tokens, else [groups, M, D].
+        streams = x.reshape(groups, c.in_rows // groups, c.width).to(c.product_dtype)
+        hidden = project(streams, down.to(c.product_dtype))
+        passed = y.reshape(*streams.shape[:2], y.shape[-1])
+
+        parts, first_row, end = [], 0, 0
+        for target, (start, stop) in enumerate(c.ranges):
+            rows = slice(first_row, first_row + stop - start)
+            owner = None if c.up_owner is None else c.up_owner[rows]
+            up = expert_weight(c.up_weight[rows], None, owner, up_ids[target], c.num_experts)
+            ranks = hidden[..., target * c.rank : (target + 1) * c.rank]
+            update = project(ranks, up.to(c.product_dtype)).to(sum_dtype)
+            update = update * (c.scale if c.scale_tensor is None else c.scale_tensor)
+            parts += [passed[..., end:start], (passed[..., start:stop] + update).to(y.dtype)]
+            first_row, end = rows.stop, stop
+        parts.append(passed[..., end:])
+        parts = [part.expand(c.groups, -1, -1) for part in parts if part.shape[-1]]
+        out = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+        return out.reshape(c.out_samples, *y.shape[1:])
+
+
 def ownership(owner: Tensor, ids: Tensor, experts: int, dtype: torch.dtype) -> Tensor:
-    """How much of each weight each group uses: 1 or 0 for an expert, 1 / E merged; `[V, *owner.shape]`."""
-    ids = ids.view(-1, *[1] * owner.ndim)
+    """How much of each weight each group uses: 1 or 0 for an expert, 1 / E merged; `[V, *owner.shape]`.
+
+    ids: `[V]`, or `[V, rows]` where the rows of a weight have experts of their own.
+    """
+    ids = ids.view(*ids.shape, *[1] * (1 + owner.ndim - ids.ndim))
     return torch.where(ids == MERGED, 1.0 / experts, (owner == ids).to(dtype)).to(dtype)
 
 
@@ -81,19 +119,19 @@ def expert_bias(bias: Tensor, owner: Tensor | None, ids: Tensor) -> Tensor:
     return (ownership(rows, ids, bias.shape[0], bias.dtype) @ bias).unsqueeze(1)
 
 
-def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`[G, M, in]` times `[V, out, in]` plus `[V, 1, out]`, in the bias's dtype.
+def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`[G, M, in]` times `[V, out, in]`, plus `[V, 1, out]` in the bias's dtype.
 
     Either of G and V may be 1; the result is `[max(G, V), M, out]`. Products come in their own dtype; where it is not
     the bias's, the bias is added after them, to spare it the rounding.
     """
-    together = x.dtype == bias.dtype  # one pass over the result instead of two
+    together = bias if bias is not None and x.dtype == bias.dtype else None  # one pass over the result instead of two
     if weight.shape[0] == 1:
-        out = F.linear(x, weight[0], bias[0, 0] if together else None)
+        out = F.linear(x, weight[0], None if together is None else together[0, 0])
     elif x.shape[0] == 1:
         # One product for all groups, so that x is read once.
-        rows = F.linear(x[0], weight.flatten(0, 1), bias.flatten() if together else None)
+        rows = F.linear(x[0], weight.flatten(0, 1), None if together is None else together.flatten())
         out = rows.unflatten(-1, weight.shape[:2]).transpose(0, 1)
     else:
-        out = torch.baddbmm(bias, x, weight.mT) if together else torch.bmm(x, weight.mT)
-    return out if together else out.to(bias.dtype) + bias
+        out = torch.bmm(x, weight.mT) if together is None else torch.baddbmm(together, x, weight.mT)
+    return out if bias is None or together is not None else out.to(bias.dtype) + bias

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from mosa_fast.ops import launching
+from mosa_fast.ops.backends import KERNELS
 from mosa_fast.ops.call import Call
 
 NAMESPACE = "mosa_fast"
-KERNELS = {"triton": ("sparse_adapter",), "cuda": ("sparse_adapter",)}  # operators that a backend has kernels for
+
+OPERATORS: dict[str, Operator] = {}  # by name
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
@@ -32,8 +34,8 @@ class Operator:
     """One operator.
 
     Args:
-        name: in torch.ops.mosa_fast, and of the modules that launch it (`launching.py`).
-        call: what it is called with.
+        call: what it is called with; its name is the operator's in torch.ops.mosa_fast, and of the modules that launch
+            it (`launching.py`).
         saved: names of the tensors that the forward returns for backward.
         results: memory for the output and for the saved tensors; the latter without elements unless asked for (`save`).
             It is the fake as well, so that it may ask for shapes and dtypes only.
@@ -41,26 +43,26 @@ class Operator:
 
     def __init__(
         self,
-        name: str,
         call: type[Call],
         saved: Sequence[str],
         results: Callable[[Any, bool], tuple[Tensor, ...]],
     ) -> None:
-        self.name, self.call, self.results = name, call, results
+        name = self.name = call.NAME
+        self.call, self.results = call, results
+        OPERATORS[name] = self
         self.tensor_count, self.saved_count = len(call.TENSORS), len(saved)
         kinds = {n: facts.gradient for n, facts in call.TENSORS.items() if facts.gradient is not None}
         self.differentiable = tuple(kinds)
         self.inputs = frozenset(n for n, kind in kinds.items() if kind == "input")
         self.weights = tuple(n for n, kind in kinds.items() if kind == "weight")
-        tensors, options = call.TENSOR_SCHEMA, call.OPTION_SCHEMA
-        returns = ", ".join(f"Tensor {result}" for result in ("out", *saved))
-        saves = ", ".join(f"Tensor {result}" for result in saved)
-        self._define(name, f"({tensors}, {options}, bool save, str backend) -> ({returns})")
-        self._define(
-            f"{name}_backward",
-            f"({tensors}, {saves}, Tensor grad_out, {options}, bool[] needed, ScalarType? added_dtype, str backend) "
-            "-> Tensor[]",
-        )
+        results_schema = [f"Tensor {result}" for result in ("out", *saved)]
+        forward = [*call.SCHEMA.values(), "bool save", "str backend"]
+        tensors = call.SCHEMA | {call.ONLY_ADDED: f"Tensor? {call.ONLY_ADDED}"}
+        backward = [tensors[tensor] for tensor in call.TENSORS] + results_schema[1:] + ["Tensor grad_out"]
+        backward += [call.SCHEMA[option] for option in call.OPTIONS]
+        backward += ["bool[] needed", "ScalarType? added_dtype", "str backend"]
+        self._define(name, f"({', '.join(forward)}) -> ({', '.join(results_schema)})")
+        self._define(f"{name}_backward", f"({', '.join(backward)}) -> Tensor[]")
         self.forward_op = getattr(torch.ops.mosa_fast, name).default
         self.backward_op = getattr(torch.ops.mosa_fast, f"{name}_backward").default
         _library.impl(name, self._forward, "CompositeExplicitAutograd")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mosa_fast.ops import launching, reference
 from mosa_fast.ops.backends import resolve_backend
-from mosa_fast.ops.call import SparseAdapterCall, check_device, describe, product_dtype
+from mosa_fast.ops.call import SparseAdapterCall, check_device, check_scale, describe, product_dtype
 from mosa_fast.ops.registration import Operator
 
 
@@ -66,7 +66,8 @@ def sparse_adapter(
         RuntimeError: the backend that was asked for cannot serve.
     """
     seed = _as_tensor(seed, x.device)
-    _check_seed_and_scale(x, seed, scale)
+    _check_seed(seed, x)
+    check_scale(scale, x)
     call = SparseAdapterCall(
         x=x,
         skip=skip,
@@ -91,7 +92,7 @@ def sparse_adapter(
         product_dtype=product_dtype(x),
     )
     _check(call)
-    backend = resolve_backend(x.device, x.dtype)
+    backend = resolve_backend(x.device, x.dtype, call.NAME)
     return reference.sparse_adapter(call) if backend == "reference" else _operator(call, backend)
 
 
@@ -115,7 +116,7 @@ def results(call: SparseAdapterCall, save: bool) -> tuple[Tensor, ...]:
     )
 
 
-_operator = Operator("sparse_adapter", SparseAdapterCall, ("stats", "pre", "vectors"), results)
+_operator = Operator(SparseAdapterCall, ("stats", "pre", "vectors"), results)
 
 
 def _as_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
@@ -125,14 +126,10 @@ def _as_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
     return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
-def _check_seed_and_scale(x: Tensor, seed: Tensor, scale: float | Tensor) -> None:
+def _check_seed(seed: Tensor, x: Tensor) -> None:
     if seed.dtype != torch.int64 or seed.shape not in ((1,), (2,)):
         raise ValueError(f"seed must be int64 [1] or [2], got {describe(seed)}")
     check_device("seed", seed, x)
-    if isinstance(scale, Tensor):
-        if scale.numel() != 1 or not scale.is_floating_point():
-            raise ValueError(f"scale must be a number or a one-element floating point tensor, got {describe(scale)}")
-        check_device("scale", scale, x)
 
 
 def _check(call: SparseAdapterCall) -> None:

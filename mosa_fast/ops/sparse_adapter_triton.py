@@ -14,18 +14,14 @@ import torch
 import triton
 from torch import Tensor
 
+from mosa_fast.kernels.reductions import sum_slices_kernel
 from mosa_fast.kernels.sparse_adapter_bwd_input import sparse_adapter_bwd_input_kernel
-from mosa_fast.kernels.sparse_adapter_bwd_weight import (
-    sparse_adapter_bwd_weight_kernel,
-    sum_segments_kernel,
-    sum_slices_kernel,
-)
+from mosa_fast.kernels.sparse_adapter_bwd_weight import sparse_adapter_bwd_weight_kernel, sum_segments_kernel
 from mosa_fast.kernels.sparse_adapter_fwd import sparse_adapter_fwd_kernel
 from mosa_fast.ops import launching, triton_launching, triton_tiles
 from mosa_fast.ops.call import SparseAdapterCall
-from mosa_fast.ops.triton_tiles import Tile
+from mosa_fast.ops.triton_tiles import SUM_TILE, Tile
 
-SUM_TILE = Tile(rows=16, columns=128)  # stage 2: 16 independent loads in flight for each thread
 BIAS_TILE = Tile(rows=1, columns=32)  # narrow: the tile has a row for every expert, up to 255
 
 
@@ -67,22 +63,26 @@ def backward(call: SparseAdapterCall, grad_out: Tensor, saved: Sequence[Tensor],
     tile = triton_tiles.choose("backward_weight", c, c.bottleneck)
     column_blocks = triton.cdiv(c.width, tile.columns)
     split = launching.split_tokens(c, tile.rows, max(1, launching.multiprocessors(device) // column_blocks))
-    length = 2 * c.width * c.bottleneck + 2 * c.width
+    weights, norm_weights = c.width * c.bottleneck, 0 if c.norm_weight is None else c.width
+    length = 2 * weights + 2 * norm_weights
     arguments |= {
         "partial_ptr": launching.empty((split.slices, length), torch.float32, device),
         "up_sums_ptr": launching.empty((split.segments, c.width), torch.float32, device),
         "down_sums_ptr": launching.empty((split.segments, c.bottleneck), torch.float32, device),
         **vars(split),
-        "programs": programs if scaled else 0,
+        "programs": programs,
         "ACCUMULATE": split.segments_per_slice > 1,
         "DOWN_SPLIT": c.down_owner is not None,
         "UP_SPLIT": c.up_owner is not None,
+        "UP_WEIGHTS": weights,
+        "DOWN_WEIGHTS": weights,
+        "NORM_WEIGHTS": norm_weights,
     }
     blocks = split.slices * column_blocks
     triton_launching.launch(sparse_adapter_bwd_weight_kernel, (blocks,), tile, arguments)
-    blocks = triton.cdiv(length, SUM_TILE.columns)
+    blocks = triton.cdiv(length, SUM_TILE.columns) + scaled
     triton_launching.launch(sum_slices_kernel, (blocks,), SUM_TILE, arguments)
-    blocks = triton.cdiv(c.width, BIAS_TILE.columns) + triton.cdiv(c.bottleneck, BIAS_TILE.columns) + scaled
+    blocks = triton.cdiv(c.width, BIAS_TILE.columns) + triton.cdiv(c.bottleneck, BIAS_TILE.columns)
     triton_launching.launch(sum_segments_kernel, (blocks,), BIAS_TILE, arguments)
 
 

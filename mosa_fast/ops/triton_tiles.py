@@ -35,6 +35,7 @@ class Tile:
 class Key:
     """What a tile depends on. dtype: of the products. architecture: "sm_90", "gfx942", "cpu" (interpreter)."""
 
+    operator: str
     kernel: str
     width: int
     bottleneck: int
@@ -44,11 +45,12 @@ class Key:
     fork: bool = False
 
 
-# By kernel and kind of call, then by bytes of a product's element and r padded to a power of two, at least 64. These
-# are the largest tiles found that compile without spills for sm_80 and sm_90 with every option on. They were chosen by
-# that alone and have not been timed on a GPU. Large, since each program reads all weights again: at 128 rows of D = 768
-# in bfloat16 they are 0.4 MB from L2 beside 0.6 MB of activations. One program of 8 warps a multiprocessor then hides
-# memory behind its pipeline. Exact float32 products run without tensor cores and want small tiles.
+# By kernel and kind of call, then by bytes of a product's element and r padded to a power of two, at least 64. Other
+# operators than the adapter have rows of their own only where they want something else. These are the largest tiles
+# found that compile without spills for sm_80 and sm_90 with every option on. They were chosen by that alone and have
+# not been timed on a GPU. Large, since each program reads all weights again: at 128 rows of D = 768 in bfloat16 they
+# are 0.4 MB from L2 beside 0.6 MB of activations. One program of 8 warps a multiprocessor then hides memory behind its
+# pipeline. Exact float32 products run without tensor cores and want small tiles.
 TILES: dict[tuple[str, str], dict[tuple[int, int], Tile]] = {
     ("forward", "plain"): {
         (2, 64): Tile(128, 64, 8, 3),
@@ -74,6 +76,8 @@ TILES: dict[tuple[str, str], dict[tuple[int, int], Tile]] = {
         (4, 128): Tile(16, 32, 8, 2),
         (4, 256): Tile(16, 16, 8, 2),
     },
+    # No norm and no activation: few registers, so that three small programs take turns on a multiprocessor.
+    ("forward", "sparse_lora"): {(2, 64): Tile(64, 64, 4, 3)},
     ("backward_weight", "sm_80"): {(2, 64): Tile(32, 64, 8, 3)},  # mma.sync takes more registers than wgmma
     # x is wider than the products: timm's residual stream under autocast. A line of 128 bytes is 32 columns.
     ("forward", "autocast"): {(2, 64): Tile(128, 32, 8, 3)},
@@ -116,6 +120,7 @@ TILES: dict[tuple[str, str], dict[tuple[int, int], Tile]] = {
         (4, 256): Tile(16, 16, 8, 1),
     },
 }
+SUM_TILE = Tile(rows=16, columns=128)  # second stages: 16 independent loads in flight for each thread
 INTERPRETER = Tile(rows=16, columns=64, warps=4, stages=1)  # small, so that small tests have several blocks
 ROOMY = ("sm_80", "sm_90", "sm_100", "sm_103")  # at least 163 KB of shared memory a program; others may have 99 KB
 VECTOR_BYTES = 16
@@ -127,9 +132,11 @@ def padded_rank(rank: int) -> int:
 
 
 def choose(kernel: str, call: Call, bottleneck: int) -> Tile:
-    """The tile of one of `KERNELS` for a call."""
+    """The tile of one of `KERNELS` for a call. bottleneck: the ranks of all targets in sparse_lora."""
     architecture = architecture_of(call.x.device)
-    return tile_of(Key(kernel, call.width, bottleneck, call.product_dtype, architecture, call.x.dtype, call.fork))
+    dtypes = {"dtype": call.product_dtype, "input_dtype": call.x.dtype}
+    key = Key(call.NAME, kernel, call.width, bottleneck, architecture=architecture, fork=call.fork, **dtypes)
+    return tile_of(key)
 
 
 def tile_of(key: Key) -> Tile:
@@ -138,7 +145,7 @@ def tile_of(key: Key) -> Tile:
         return INTERPRETER
     bytes_each = key.dtype.itemsize
     size = (bytes_each, min(max(64, triton.next_power_of_2(key.bottleneck)), 256))
-    kinds = ["plain", key.architecture]
+    kinds = ["plain", key.operator, key.architecture]
     if key.input_dtype.itemsize > bytes_each:
         kinds.append("autocast")
     if key.fork:

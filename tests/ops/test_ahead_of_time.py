@@ -9,7 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from ahead_of_time import Compiled, call, compile_launch, launches
+from ahead_of_time import Compiled, adapter_call, compile_launch, launches, lora_call
 
 from mosa_fast.ops import triton_tiles
 
@@ -20,7 +20,7 @@ SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "g
 # Each kind of call at each size that a row of the table is for, with both projections split, W0, norm and dropout.
 CALLS = {
     f"{kind}-{'x'.join(str(dtype)[6:] for dtype in dtypes)}-r{rank}": partial(
-        call, 301 if kind == "ragged" else 768, rank - (6 if kind == "ragged" else 0), dtypes[0], **options
+        adapter_call, 301 if kind == "ragged" else 768, rank - (6 if kind == "ragged" else 0), dtypes[0], **options
     )
     for kind, options, all_dtypes in (
         ("plain", {"scale_tensor": True}, [(BF16,), (FP32,)]),
@@ -32,12 +32,28 @@ CALLS = {
     for rank in (64, 128, 256)
 }
 CALLS |= {
-    "float16": partial(call, dtype=FP16, activation="silu"),
-    "a-group-for-every-sample": partial(call, groups=128),
-    "a-group-for-every-sample-autocast": partial(call, dtype=FP32, product_dtype=BF16, groups=128),
-    "huge": partial(call, 1280, 64),
-    "small": partial(call, 96, 16, activation="relu", norm=False),
-    "dense": partial(call, 384, 32, split=False, dropout=0.0),
+    "float16": partial(adapter_call, dtype=FP16, activation="silu"),
+    "a-group-for-every-sample": partial(adapter_call, groups=128),
+    "a-group-for-every-sample-autocast": partial(adapter_call, dtype=FP32, product_dtype=BF16, groups=128),
+    "huge": partial(adapter_call, 1280, 64),
+    "small": partial(adapter_call, 96, 16, activation="relu", norm=False),
+    "dense": partial(adapter_call, 384, 32, split=False, dropout=0.0),
+}
+CALLS |= {
+    f"lora-{name}": partial(lora_call, **options)
+    for name, options in {
+        "qv-of-qkv": {"scale_tensor": True},
+        "output": {"out_width": 768, "columns": (0, 768)},
+        "autocast": {"dtype": FP32, "product_dtype": BF16},
+        "fork": {"fork": True, "scale_tensor": True},
+        "fork-autocast": {"dtype": FP32, "product_dtype": BF16, "fork": True},
+        "grouped-queries": {"out_width": 1152, "columns": (0, 768, 768, 960, 960, 1152), "rank": 8},
+        "three-targets-of-rank-64": {"columns": (0, 768, 768, 1536, 1536, 2304), "rank": 64},
+        "ragged": {"width": 301, "out_width": 903, "columns": (0, 301, 602, 903), "rank": 5},
+        "float32": {"dtype": FP32},
+        "float16-dense": {"dtype": FP16, "split": False, "groups": 1},
+        "a-group-for-every-sample": {"groups": 128},
+    }.items()
 }
 # Rows that do spill a little: exact float32 products at the largest r, which no tensor core serves and nothing trains
 # with. Bytes of stack.
@@ -69,7 +85,7 @@ def results(compiled: dict[tuple[str, str], Future], name: str, architecture: st
 def test_fits_the_chip(compiled, name, architecture):
     c = CALLS[name]()
     for kernel in results(compiled, name, architecture):
-        ranks = triton_tiles.padded_rank(c.bottleneck)
+        ranks = triton_tiles.padded_rank(c.down_weight.shape[0])
         allowed = KNOWN_SPILLS.get((kernel.name, str(c.product_dtype)[6:], ranks), 0)
         assert kernel.local == 0, kernel.name
         assert kernel.stack <= allowed, f"{kernel.name} spills {kernel.stack} bytes with {kernel.tile}"

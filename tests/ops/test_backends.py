@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mosa_fast.ops import backends
+from mosa_fast.ops.registration import OPERATORS
 
 
 def test_the_block_restores_what_was_selected_before():
@@ -14,9 +15,10 @@ def test_the_block_restores_what_was_selected_before():
     assert backends.get_backend() == before
 
 
-def test_auto_is_the_reference_on_a_cpu():
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_auto_is_the_reference_on_a_cpu(operator):
     with backends.backend("auto"):
-        assert backends.resolve_backend(torch.device("cpu"), torch.float32) == "reference"
+        assert backends.resolve_backend(torch.device("cpu"), torch.float32, operator) == "reference"
 
 
 def test_unknown_names_are_refused(monkeypatch):

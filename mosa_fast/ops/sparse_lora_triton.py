@@ -1,0 +1,133 @@
+"""Launches sparse_lora's Triton kernels; the contract is in `launching.py`, the mathematics in the kernels.
+
+One launch forward; backward one towards the input, and two stages towards the weights. In all, for M rows, s bytes an
+element, W of the O columns in targets: M (D + 2 O) s forward and M (2 D + 2 W) s backward, where the least would be
+M (2 D + W) s: the second reading of the output's gradient is the price of deterministic weight gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from mosa_fast.kernels.device_functions import NO_RANK
+from mosa_fast.kernels.reductions import sum_slices_kernel
+from mosa_fast.kernels.sparse_lora_bwd_input import sparse_lora_bwd_input_kernel
+from mosa_fast.kernels.sparse_lora_bwd_weight import sparse_lora_bwd_weight_kernel
+from mosa_fast.kernels.sparse_lora_fwd import sparse_lora_fwd_kernel
+from mosa_fast.ops import launching, triton_launching, triton_tiles
+from mosa_fast.ops.call import SparseLoRACall
+from mosa_fast.ops.triton_tiles import SUM_TILE, Tile
+
+Ranges = tuple[tuple[int, int, int, int], ...]  # as kernels.device_functions.block_of_columns takes them
+
+
+def forward(call: SparseLoRACall, out: Tensor, saved: Sequence[Tensor]) -> None:
+    """Fill the output and the saved tensor."""
+    c, out_width, (hidden,) = call, out.shape[-1], map(launching.wanted, saved)
+    tile = triton_tiles.choose("forward", c, c.ranks)
+    all_columns = _all_columns(c, out_width)
+    triton_launching.launch(
+        sparse_lora_fwd_kernel,
+        (triton.cdiv(c.rows_per_group, tile.rows) * c.groups,),
+        tile,
+        _arguments(c)
+        | {
+            "out_ptr": out,
+            "hidden_ptr": hidden,
+            "OUT_WIDTH": out_width,
+            "ALL_COLUMNS": all_columns,
+            "COLUMN_BLOCKS": _blocks(all_columns, tile),
+            "EVEN_TARGETS": _even(all_columns, tile),
+        },
+    )
+
+
+def backward(call: SparseLoRACall, grad_out: Tensor, saved: Sequence[Tensor], gradients: dict[str, Tensor]) -> None:
+    """Fill the gradients."""
+    c, device, (hidden,) = call, grad_out.device, saved
+    targets = _targets(c)
+    arguments = _arguments(c) | dict.fromkeys(f"grad_{name}_ptr" for name in (*c.TENSORS, "norm_weight", "norm_bias"))
+    arguments |= {f"grad_{name}_ptr": gradient for name, gradient in gradients.items()}
+    arguments |= {
+        "grad_out_ptr": grad_out,
+        "hidden_ptr": hidden,
+        "grad_hidden_ptr": launching.empty((c.out_rows, c.ranks), c.product_dtype, device),
+        "OUT_WIDTH": grad_out.shape[-1],
+        "TARGET_COLUMNS": targets,
+    }
+
+    tile = triton_tiles.choose("backward_input", c, c.ranks)
+    programs = triton.cdiv(c.rows_per_group, tile.rows) * (1 if c.fork else c.groups)
+    scaled = "scale_tensor" in gradients
+    arguments |= {
+        "scale_partial_ptr": launching.empty((programs,), torch.float32, device) if scaled else None,
+        "TARGET_BLOCKS": _blocks(targets, tile),
+        "EVEN_TARGETS": _even(targets, tile),
+    }
+    triton_launching.launch(sparse_lora_bwd_input_kernel, (programs,), tile, arguments)
+    if "up_weight" not in gradients:
+        return
+
+    tile = triton_tiles.choose("backward_weight", c, c.ranks)
+    target_blocks = _blocks(targets, tile)
+    column_blocks = target_blocks + triton.cdiv(c.width, tile.columns)
+    split = launching.split_tokens(c, tile.rows, max(1, launching.multiprocessors(device) // column_blocks))
+    up_weights, down_weights = c.up_weight.numel(), c.down_weight.numel()
+    arguments |= {
+        "partial_ptr": launching.empty((split.slices, up_weights + down_weights), torch.float32, device),
+        **vars(split),
+        "programs": programs,
+        "ACCUMULATE": split.segments_per_slice > 1,
+        "TARGET_BLOCKS": target_blocks,
+        "EVEN_TARGETS": _even(targets, tile),
+        "UP_WEIGHTS": up_weights,
+        "DOWN_WEIGHTS": down_weights,
+        "NORM_WEIGHTS": 0,
+    }
+    triton_launching.launch(sparse_lora_bwd_weight_kernel, (split.slices * column_blocks,), tile, arguments)
+    blocks = triton.cdiv(up_weights + down_weights, SUM_TILE.columns) + scaled
+    triton_launching.launch(sum_slices_kernel, (blocks,), SUM_TILE, arguments)
+
+
+def _arguments(c: SparseLoRACall) -> dict[str, Any]:
+    """What the call itself says, by the names of the kernels' parameters."""
+    return triton_launching.arguments(c) | {
+        "scale": c.scale,
+        "RANK": c.rank,
+        "RANKS": c.ranks,
+        "EXPERTS": c.num_experts,
+        "BLOCK_RANKS": triton_tiles.padded_rank(c.ranks),
+    }
+
+
+def _targets(c: SparseLoRACall) -> Ranges:
+    """Each target's columns, first row of the up-weight, and first rank."""
+    found, row = [], 0
+    for target, (start, stop) in enumerate(c.ranges):
+        found.append((start, stop, row, target * c.rank))
+        row += stop - start
+    return tuple(found)
+
+
+def _all_columns(c: SparseLoRACall, out_width: int) -> Ranges:
+    """The targets' ranges, and between them those of no target."""
+    found, end = [], 0
+    for target in _targets(c):
+        found += [(end, target[0], 0, NO_RANK.value), target]
+        end = target[1]
+    found.append((end, out_width, 0, NO_RANK.value))
+    return tuple(columns for columns in found if columns[0] < columns[1])
+
+
+def _blocks(ranges: Ranges, tile: Tile) -> int:
+    return sum(triton.cdiv(stop - start, tile.columns) for start, stop, *_ in ranges)
+
+
+def _even(ranges: Ranges, tile: Tile) -> bool:
+    """Whether no block of columns is cut short."""
+    return all((stop - start) % tile.columns == 0 for start, stop, *_ in ranges)
