@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mosa_fast.adapters.summary import summary
     from mosa_fast.config import MoSAConfig
     from mosa_fast.nn.sparse_adapter import SparseAdapter
+    from mosa_fast.nn.sparse_lora import SparseLoRA
     from mosa_fast.ops.backends import backend, set_backend
 
 __version__ = "0.1.0"
@@ -28,12 +29,14 @@ _HOMES = {
     "summary": "mosa_fast.adapters.summary",
     "MoSAConfig": "mosa_fast.config",
     "SparseAdapter": "mosa_fast.nn.sparse_adapter",
+    "SparseLoRA": "mosa_fast.nn.sparse_lora",
     "backend": "mosa_fast.ops.backends",
     "set_backend": "mosa_fast.ops.backends",
 }
 __all__ = [
     "MoSAConfig",
     "SparseAdapter",
+    "SparseLoRA",
     "adapt",
     "backend",
     "fold",

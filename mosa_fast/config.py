@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from itertools import combinations
+from typing import TYPE_CHECKING, Any, Literal
 
 from mosa_fast.methods import MEANINGS, METHODS, MethodName
 from mosa_fast.options import check_fields, check_value, facts_of, option
@@ -14,6 +15,10 @@ Share = Literal["down", "up", "none"]
 BiasMode = Literal["per_expert", "split"]
 MergeRule = Literal["mean", "joint"]
 Placement = Literal["adaptformer", "pfeiffer", "houlsby"]
+if TYPE_CHECKING:
+    Targets = str
+else:
+    Targets = Literal[tuple("".join(letters) for n in range(1, 5) for letters in combinations("qkvo", n))]
 Routing = Literal["random", "fixed"]
 Activation = Literal["auto", "gelu", "relu", "silu"]
 Family = Literal["digits", "folder", "fgvc", "vtab", "gicd"]
@@ -28,6 +33,13 @@ class MoSAConfig:
         ValueError: a value is out of range; the message names the field.
     """
 
+    method: Literal["adapter", "lora"] = "adapter"
+    """adapter: bottleneck adapters beside the branches of a block; lora: low-rank pairs on its attention's linears
+    (MoSL), for which bottleneck, placement, activation, dropout and bias mean nothing."""
+    rank: int = option(16, low=1)
+    """lora only: rank of the pairs."""
+    targets: Targets = "qv"
+    """lora only: the projections that get a pair each, of q, k, v and o."""
     bottleneck: int = option(64, low=1)
     """Width r of the adapters."""
     experts: int = option(4, low=1, high=MAX_EXPERTS)

@@ -89,6 +89,7 @@ METHODS = {
     for row in (
         Method("mosa", "a mixture of sparse adapters, and the head", head, adapters={}, views=2),
         Method("adapter", "dense adapters (one expert), and the head", head, adapters={"experts": 1}),
+        Method("lora", "dense low-rank pairs, and the head", head, adapters={"method": "lora", "experts": 1}),
         Method("random_mask", "one fixed expert of the sparse adapters, and the head", head, {"routing": "fixed"}),
         Method("bias", "the backbone's biases, and the head", biases),
         Method("partial", "the last blocks, the final norm, and the head", last_blocks),

@@ -63,7 +63,7 @@ def fold(model: AdaptedModel, create_kwargs: Mapping[str, Any] | None = None) ->
     needed = {
         name: block.mlp.fc1.out_features + block.adapters()[0].config.bottleneck for name, block in blocks.items()
     }
-    kwargs, structure = _wider(plain, dict(create_kwargs or getattr(plain, "_model_args", {})), blocks, needed)
+    kwargs, structure = _made(plain, dict(create_kwargs or getattr(plain, "_model_args", {})), blocks, needed)
     for name in blocks:
         plain.set_submodule(unwrapped_name(name), _folded_block(plain.get_submodule(name)))
     wider_modules: dict[str, Any] = dict(structure.named_modules())
@@ -101,7 +101,7 @@ def why_not_folded(block: AdaptedBlock) -> str | None:
     return None
 
 
-def _wider(
+def _made(
     plain: Any, kwargs: dict[str, Any], blocks: Mapping[str, Any], needed: Mapping[str, int]
 ) -> tuple[dict[str, Any], Any]:
     """Arguments of timm.create_model that give every block an MLP of at least the needed width, and what they make."""

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mosa_fast.adapters.placements import PLACEMENTS, repeat_batch
+from mosa_fast.adapters.linears import linears_of, put_loras
+from mosa_fast.adapters.placements import QKVO, placement_of, repeat_batch
 from mosa_fast.adapters.seams import AFTER_BLOCKS, carries_samples, find_blocks, seam_of
 from mosa_fast.adapters.wrapper import Wrapper
 from mosa_fast.backbones.frozen import draws_random_numbers, hold_statistics, parts_samples
 from mosa_fast.backbones.heads import classifiers
 from mosa_fast.config import MoSAConfig
-from mosa_fast.nn import SparseAdapter
+from mosa_fast.nn import SparseAdapter, SparseLoRA
 from mosa_fast.nn.sparse_adapter import FIXED
 from mosa_fast.routing import BlockRouting, Routing, as_seed, draw
 
@@ -42,7 +43,7 @@ class AdaptedBlock(Wrapper):
 
     Attributes:
         block: timm's.
-        placement: a name in PLACEMENTS.
+        placement: the name of one (`placement_of`).
         routing: what the adapters compute with in the pass that is running; None between passes.
         outputs: receives the output of the pass that is running, if anybody wants it; None between passes.
         grad_checkpointing: recompute this block in the backward pass in place of keeping its activations.
@@ -70,7 +71,8 @@ class AdaptedBlock(Wrapper):
         routing = self.routing
         if routing is None and self.training:
             raise RuntimeError(NOT_ROUTED)
-        if routing is not None and routing.fork and draws_random_numbers(self.block):
+        at_input = self.placement == QKVO  # the first thing that views differ in is the product for q, k and v
+        if routing is not None and routing.fork and (at_input or draws_random_numbers(self.block)):
             x, routing = repeat_batch(x, routing.experts.shape[1]), routing._replace(fork=False)
         if self.grad_checkpointing and self.training:
             # To save torch's random state, the host waits for the GPU: done only where the frozen block draws from it.
@@ -83,13 +85,20 @@ class AdaptedBlock(Wrapper):
         return out
 
     def _run(self, x: Tensor, routing: BlockRouting | None, args: Any, kwargs: Any) -> Tensor:
-        seam, placement = seam_of(self.block), PLACEMENTS[self.placement]
-        h = seam.attention(self.block, x, *args, **kwargs)
-        return seam.output(self.block, placement.run(self.block, seam, self.adapters(), h, routing))
+        seam, placement = seam_of(self.block), placement_of(self.placement)
+        attend = functools.partial(seam.attention, self.block, x, *args, **kwargs)
+        return seam.output(self.block, placement.run(self.block, seam, self.adapters(), attend, routing))
 
-    def adapters(self) -> list[SparseAdapter]:
-        """This block's adapters, in the order they run."""
-        return [getattr(self, name) for name in PLACEMENTS[self.placement].adapters]
+    def adapters(self) -> list[Any]:
+        """This block's SparseAdapters in the order they run, or SparseLoRAs in that of their linears."""
+        if self.placement == QKVO:
+            return [linear.lora for linear in linears_of(self.block)]
+        return [getattr(self, name) for name in placement_of(self.placement).adapters]
+
+    @property
+    def draws(self) -> int:
+        """Pairs of experts that a pass draws for this block."""
+        return sum(adapter.draws for adapter in self.adapters())
 
 
 class AdaptedModel(Wrapper):
@@ -130,8 +139,8 @@ class AdaptedModel(Wrapper):
         Args:
             images: `[B, 3, H, W]`, or what else the timm model takes.
             views: number of views V when `experts` is None.
-            experts: int32 `[adapters, V, 2]`, the (down, up) experts of every adapter and view; -1 is merged. None:
-                drawn once per forward in training, merged in evaluation.
+            experts: int32 `[adapters, V, 2]`, the (down, up) experts of every adapter (of every target of low-rank
+                pairs) and view; -1 is merged. None: drawn once per forward in training, merged in evaluation.
             seed: of draws and dropout: an int, or an int64 tensor as `mosa_fast.routing.step_seed` makes it. None:
                 fresh, from torch's random state.
             block_outputs: a list that receives every block's output, `[V * B, ...]`.
@@ -181,7 +190,7 @@ class AdaptedModel(Wrapper):
     ) -> Routing:
         if views < 1:
             raise ValueError(f"views must be at least 1, got {views}")
-        layers = sum(len(block.adapters()) for block in blocks)
+        layers = sum(block.draws for block in blocks)
         first = blocks[0].adapters()[0]
         # Nothing is taken from torch's random state where nothing is random.
         key = as_seed(seed if self.training else 0, first.down.weight.device)
@@ -246,7 +255,7 @@ def routed(
         for block in blocks:
             block.outputs = block_outputs
         if routing is not None:
-            sizes = [len(block.adapters()) for block in blocks]
+            sizes = [block.draws for block in blocks]
             parts = zip(blocks, routing.experts.split(sizes), routing.seeds.split(sizes), strict=True)
             for index, (block, experts, seeds) in enumerate(parts):
                 block.routing = BlockRouting(experts, seeds, fork and index == 0)
@@ -282,14 +291,19 @@ def adapt(model: nn.Module, config: MoSAConfig | None = None) -> AdaptedModel:
     for parent, name, block in found:
         norm: Any = block.norm2
         options = {
-            "norm_eps": norm.eps,
             "generator": generator,
             "device": norm.weight.device,
             # Master weights are float32 under a half-precision backbone.
             "dtype": torch.promote_types(norm.weight.dtype, torch.float32),
         }
-        made = PLACEMENTS[config.placement].make(config, seam_of(block), norm.weight.numel(), **options)
-        parent.register_module(name, AdaptedBlock(block, config.placement, made))
+        if config.method == "lora":
+            put_loras(block, config, **options)
+            adapted_block = AdaptedBlock(block, QKVO, {})
+        else:
+            width, placement = norm.weight.numel(), placement_of(config.placement)
+            made = placement.make(config, seam_of(block), width, norm_eps=norm.eps, **options)
+            adapted_block = AdaptedBlock(block, config.placement, made)
+        parent.register_module(name, adapted_block)
     for module in classifiers(model):
         module.requires_grad_(True)
     adapted = AdaptedModel(model).train(model.training)
@@ -298,15 +312,15 @@ def adapt(model: nn.Module, config: MoSAConfig | None = None) -> AdaptedModel:
     return adapted
 
 
-def adapters(model: nn.Module) -> Iterator[SparseAdapter]:
-    """The adapters in a model, whatever wraps it or its blocks, from the first to the last that runs.
+def adapters(model: nn.Module) -> Iterator[Any]:
+    """The adapters in a model (SparseAdapter, SparseLoRA), whatever wraps it or its blocks, first to last as they run.
 
     Raises:
         ValueError: it has none.
     """
     found = False
     for module in model.modules():
-        if isinstance(module, SparseAdapter):
+        if isinstance(module, (SparseAdapter, SparseLoRA)):
             found = True
             yield module
     if not found:

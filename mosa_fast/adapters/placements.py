@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mosa_fast.adapters.linears import SCALE as LORA_SCALE
+from mosa_fast.adapters.linears import linears_of, routed_linears
 from mosa_fast.adapters.seams import Seam
 from mosa_fast.config import MoSAConfig
 from mosa_fast.nn import SparseAdapter
@@ -15,6 +17,7 @@ from mosa_fast.nn.sparse_adapter import DROPOUT, SCALE
 from mosa_fast.routing import BlockRouting
 
 Adapters = Sequence[SparseAdapter]
+Attend = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -22,14 +25,14 @@ class Placement:
     """One placement.
 
     Attributes:
-        run: (block, its seam, its adapters, h, routing) to the sum that the block gives, where h is the residual stream
-            after the attention.
-        adapters: names of a block's adapters, in the order they run.
+        run: (block, its seam, its adapters, attend, routing) to the sum that the block gives, where attend() is h, the
+            residual stream after the attention.
+        adapters: names of a block's adapters, in the order they run; of none, where layers are put into its linears.
         activation, scale, dropout: what "auto" means in a MoSAConfig.
         norm: whether an adapter normalises what it reads; what is read inside an MLP is normalised already.
     """
 
-    run: Callable[[nn.Module, Seam, Adapters, Tensor, BlockRouting | None], Tensor]
+    run: Callable[[nn.Module, Seam, Adapters, Attend, BlockRouting | None], Tensor]
     adapters: tuple[str, ...]
     activation: str
     scale: float
@@ -55,8 +58,11 @@ class Placement:
         }
 
 
-def _adaptformer(block: nn.Module, seam: Seam, adapters: Adapters, h: Tensor, routing: BlockRouting | None) -> Tensor:
+def _adaptformer(
+    block: nn.Module, seam: Seam, adapters: Adapters, attend: Attend, routing: BlockRouting | None
+) -> Tensor:
     """Beside the MLP: `h + mlp(norm2(h)) + s * up(drop(act(down(norm(h)))))`, or inside: `m + s * up(...(down(n)))`."""
+    h = attend()
     if not seam.inside:
         return adapters[0](h, seam.mlp(block, h), **_routed(routing, 0))
     n, m = seam.inner(block, h)
@@ -66,15 +72,23 @@ def _adaptformer(block: nn.Module, seam: Seam, adapters: Adapters, h: Tensor, ro
     return h + branch
 
 
-def _pfeiffer(block: nn.Module, seam: Seam, adapters: Adapters, h: Tensor, routing: BlockRouting | None) -> Tensor:
+def _pfeiffer(block: nn.Module, seam: Seam, adapters: Adapters, attend: Attend, routing: BlockRouting | None) -> Tensor:
     """On the MLP's branch m, with LayerScale and drop-path: `h + m + up(act(down(norm(m))))`."""
+    h = attend()
     return adapters[0](seam.mlp(block, h), h, **_routed(routing, 0))
 
 
-def _houlsby(block: nn.Module, seam: Seam, adapters: Adapters, h: Tensor, routing: BlockRouting | None) -> Tensor:
+def _houlsby(block: nn.Module, seam: Seam, adapters: Adapters, attend: Attend, routing: BlockRouting | None) -> Tensor:
     """On the stream, after attention and after the MLP: `x + up(act(down(x)))`."""
-    h = adapters[0](h, **_routed(routing, 0))
+    h = adapters[0](attend(), **_routed(routing, 0))
     return adapters[1](h + seam.mlp(block, h), **_routed(routing, 1))
+
+
+def _qkvo(block: nn.Module, seam: Seam, adapters: Adapters, attend: Attend, routing: BlockRouting | None) -> Tensor:
+    """In the attention's linears: `h + mlp(norm2(h))`."""
+    with routed_linears(linears_of(block), routing):
+        h = attend()
+    return h + seam.mlp(block, h)
 
 
 PLACEMENTS = {
@@ -86,6 +100,14 @@ PLACEMENTS = {
         _houlsby, ("attention_adapter", "adapter"), "silu", scale=1.0, dropout=0.0, norm=lambda seam: False
     ),
 }
+# Where low-rank pairs are (MoSAConfig.method lora); the name is no choice of MoSAConfig.placement.
+QKVO = "qkvo"
+LORA = Placement(_qkvo, (), "", scale=LORA_SCALE, dropout=0.0, norm=lambda seam: False)
+
+
+def placement_of(name: str) -> Placement:
+    """The placement of a block by its name."""
+    return LORA if name == QKVO else PLACEMENTS[name]
 
 
 def repeat_batch(x: Tensor, views: int) -> Tensor:

@@ -257,6 +257,38 @@ def find_blocks(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
         raise ValueError(f"no block of {type(model).__name__} can be adapted; {_known()}")
 
 
+@dataclass(frozen=True)
+class Target:
+    """One projection of a block's attention: columns [start, stop) of what the linear at `path` gives."""
+
+    path: str
+    start: int
+    stop: int
+
+
+def lora_targets(block: Any) -> dict[str, Target]:
+    """Where q, k, v and o of a block are; in a fused qkv they lie side by side in every family."""
+    attention, targets = block.attn, {}
+    qkv = getattr(attention, "qkv", None)
+    for index, name in enumerate("qkv"):
+        if qkv is not None:
+            width = qkv.out_features // 3  # not the block's width where heads are narrower
+            targets[name] = Target("attn.qkv", index * width, (index + 1) * width)
+        else:  # k and v are narrower where queries are grouped
+            targets[name] = Target(f"attn.{name}_proj", 0, getattr(attention, f"{name}_proj").out_features)
+    return targets | {"o": Target("attn.proj", 0, attention.proj.out_features)}
+
+
+def call_qkv_as_module(block: Any) -> None:
+    """Make timm call a fused qkv that it would read by its weight, where the biases of q and v lie apart.
+
+    EVA, BEiT and Swin v2 have this switch. The bias is then added to the product's result: the same function, in half
+    precision with one rounding more.
+    """
+    if getattr(block.attn, "q_bias", None) is not None:
+        block.attn.qkv_bias_separate = True
+
+
 def carries_samples(name: str, value: object) -> bool:
     """Whether an argument of a timm model's forward holds something for every image.
 

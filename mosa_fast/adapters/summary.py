@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from mosa_fast.backbones.heads import classifiers
-from mosa_fast.nn import SparseAdapter, SparseProjection
+from mosa_fast.nn import SparseAdapter, SparseLoRA, SparseProjection
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,12 @@ def summary(model: nn.Module) -> Summary:
         found[name] = found.get(name, Part(name)) + part
 
     for module in model.modules():
-        if isinstance(module, SparseAdapter):
+        if isinstance(module, (SparseAdapter, SparseLoRA)):
             for name, projection in (("down-projections", module.down), ("up-projections", module.up)):
                 add(name, _all(projection), stored=True, merged=projection.merged_parameters)
-            if module.norm is not None:
-                add("norms", module.norm.parameters(), stored=True)
+            norm = getattr(module, "norm", None)
+            if norm is not None:
+                add("norms", norm.parameters(), stored=True)
             if isinstance(module.scale, nn.Parameter):
                 add("scales", [module.scale], stored=True)
     for head in classifiers(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,16 +17,17 @@ class SparseProjection(nn.Module):
     """One weight, the map of who owns its elements, and W0 where that is not zero (docs/method.md, The compact form).
 
     Args:
-        in_features, out_features: widths.
+        in_features, out_features: widths. Several out_features: as many matrices, one below the other, each of which
+            is divided among the experts by itself.
         experts: number of experts E; a projection of one expert is dense.
         split: divide the weight among the experts; False: a dense projection.
         zero_init: start the weight at zero (up-projections); False: Kaiming-uniform as nn.Linear (down-projections).
-        bias: "per_expert" rows, or one vector whose elements are "split" among the experts.
+        bias: "per_expert" rows, or one vector whose elements are "split" among the experts; None: there is none.
         generator: CPU generator of the owner maps and initial weights.
 
     Attributes:
         weight: float32 parameter `[out, in]`.
-        bias: float32 parameter `[E, out]`, or `[1, out]` dense, or `[out]` where it is split; zero at first.
+        bias: float32 parameter `[E, out]`, or `[1, out]` dense, or `[out]` where it is split; zero at first; or None.
         owner: uint8 buffer `[out, in]`, or None when dense.
         init: float32 buffer `[out, in]`, W0 of a split weight that does not start at zero, else None.
         bias_owner: uint8 buffer `[out]` of a split bias, else None.
@@ -34,16 +36,17 @@ class SparseProjection(nn.Module):
     owner: Tensor | None
     init: Tensor | None
     bias_owner: Tensor | None
+    bias: nn.Parameter | None
 
     def __init__(
         self,
         in_features: int,
-        out_features: int,
+        out_features: int | Sequence[int],
         experts: int,
         *,
         split: bool,
         zero_init: bool,
-        bias: BiasMode = "per_expert",
+        bias: BiasMode | None = "per_expert",
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -52,24 +55,28 @@ class SparseProjection(nn.Module):
         check_experts(experts)
         split = split and experts > 1
         self.experts = experts if split else 1
+        parts = [out_features] if isinstance(out_features, int) else list(out_features)
+        rows = sum(parts)
         # Drawn on the CPU in float32 whatever the device, so that a seed means the same weights everywhere.
-        weight = torch.zeros(out_features, in_features)
+        weight = torch.zeros(rows, in_features)
         if not zero_init:
             bound = 1 / math.sqrt(in_features)  # Kaiming-uniform with a = sqrt(5)
             weight.uniform_(-bound, bound, generator=generator)
-        owner = owner_map((out_features, in_features), experts, generator) if split else None
+        maps = [owner_map((part, in_features), experts, generator) for part in parts if split]
+        owner = torch.cat(maps) if maps else None
         split_bias = split and bias == "split"
-        bias_owner = owner_map((out_features,), experts, generator) if split_bias else None
+        bias_owner = owner_map((rows,), experts, generator) if split_bias else None
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(weight.to(**factory))
-        bias_shape = (out_features,) if split_bias else (self.experts, out_features)
-        self.bias = nn.Parameter(torch.zeros(bias_shape, **factory))
+        bias_shape = (rows,) if split_bias else (self.experts, rows)
+        self.bias = None if bias is None else nn.Parameter(torch.zeros(bias_shape, **factory))
         self.register_buffer("owner", None if owner is None else owner.to(device))
         self.register_buffer("init", weight.clone().to(**factory) if split and not zero_init else None)
         self.register_buffer("bias_owner", None if bias_owner is None else bias_owner.to(device))
 
     def bias_rows(self) -> Tensor:
         """The bias of every expert, `[E, out]` (`[1, out]` dense)."""
+        assert self.bias is not None
         if self.bias_owner is None:
             return self.bias
         ids = torch.arange(self.experts, device=self.bias.device)
@@ -80,23 +87,24 @@ class SparseProjection(nn.Module):
         """Become the dense projection that the experts, or one of them, amount to, in place (docs/method.md, Merge)."""
         if self.owner is None:
             return
+        if self.bias is not None:
+            rows = self.bias_rows()
+            bias = rows.mean(0, keepdim=True) if expert is None else rows[expert : expert + 1].clone()
+            self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
         if expert is not None:
-            bias = self.bias_rows()[expert : expert + 1].clone()
             weight = torch.where(self.owner == expert, self.weight, 0.0 if self.init is None else self.init)
         else:
-            bias = self.bias_rows().mean(0, keepdim=True)
             weight = self.weight / self.experts
             if self.init is not None and rule == "mean":
                 weight = weight + self.init * (1 - 1 / self.experts)
         self.weight.copy_(weight)
-        self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
         self.owner = self.init = self.bias_owner = None
         self.experts = 1
 
     @property
     def merged_parameters(self) -> int:
-        """Number of values that remain after merging: the weight and one bias vector."""
-        return self.weight.numel() + self.weight.shape[0]
+        """Number of values that remain after merging: the weight and, with a bias, one vector of it."""
+        return self.weight.numel() + (0 if self.bias is None else self.weight.shape[0])
 
     def check(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Check the values of this projection's owner maps in `tensors`, which came from a file.

@@ -145,6 +145,11 @@ class SparseAdapter(nn.Module):
         adapter.config = config
         return adapter
 
+    @property
+    def draws(self) -> int:
+        """Pairs of experts that a pass draws."""
+        return 1
+
     def forward(
         self,
         x: Tensor,
