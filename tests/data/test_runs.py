@@ -32,7 +32,5 @@ def test_a_linear_probe_with_sgd_and_the_backbones_normalisation(tmp_path):
 
 def test_a_run_on_blocks_without_a_seam_says_why_before_anything_is_downloaded(tmp_path):
     data = DataConfig(name="fgvc", task="cub", root=str(write_fgvc(tmp_path)), workers=0)
-    with pytest.raises(
-        ValueError, match="ParallelScalingBlock, which cannot be adapted: attention and MLP have products"
-    ):
+    with pytest.raises(ValueError, match=r"ParallelScalingBlock, which cannot be adapted: .* products and"):
         run(tmp_path, data=data, model=ModelConfig("vit_pwee_patch16_reg1_gap_256.sbb_in1k"))
