@@ -147,7 +147,7 @@ def _folded_block(adapted: Any) -> nn.Module:
         down = down * adapter.norm.weight.double()
         norm.weight.fill_(1.0)
         norm.bias.zero_()
-    scale = torch.as_tensor(adapter.scale, device=down.device).double()
+    scale = torch.as_tensor(adapter.scale, dtype=torch.float64, device=down.device)
     up, up_bias = scale * adapter.up.weight.double(), scale * adapter.up.bias[0].double()
     mlp.fc1 = _linear(mlp.fc1, torch.cat([weight1, down]), torch.cat([bias1, down_bias]))
     mlp.fc2 = _linear(mlp.fc2, torch.cat([weight2, up], dim=1), bias2 + up_bias)
