@@ -6,6 +6,8 @@ initial weights that it is given.
 """
 
 import copy
+import itertools
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +30,8 @@ class OracleProjection(nn.Module):
                 origin = torch.zeros_like(start) if projection.init is None else projection.init
                 weight = torch.where(self.owner == expert, projection.weight, origin)
             linear.weight = nn.Parameter(weight.detach().clone())
-            linear.bias = nn.Parameter(projection.bias_rows()[expert].detach().clone())
+            has_bias = projection.bias is not None
+            linear.bias = nn.Parameter(projection.bias_rows()[expert].detach().clone()) if has_bias else None
             copies.append(linear)
         self.copies = nn.ModuleList(copies)
         self.bias_owner = projection.bias_owner
@@ -38,7 +41,7 @@ class OracleProjection(nn.Module):
 
     def mask_gradients(self):
         for expert, linear in enumerate(self.copies):
-            for parameter in (linear.weight, linear.bias):
+            for parameter in linear.parameters():
                 if parameter.grad is None:  # this expert was not drawn
                     parameter.grad = torch.zeros_like(parameter)
             if self.owner is not None:
@@ -47,8 +50,9 @@ class OracleProjection(nn.Module):
                 linear.bias.grad *= self.bias_owner == expert
 
     def gradient(self):
-        """In the compact form: (weight [out, in], bias rows [E, out])."""
-        return sum(c.weight.grad for c in self.copies), torch.stack([c.bias.grad for c in self.copies])
+        """In the compact form: (weight [out, in], bias rows [E, out]), or without a bias (weight, None)."""
+        biases = None if self.copies[0].bias is None else torch.stack([c.bias.grad for c in self.copies])
+        return sum(c.weight.grad for c in self.copies), biases
 
     def value(self):
         """In the compact form: every weight from the copy that owns it."""
@@ -59,7 +63,7 @@ class OracleProjection(nn.Module):
     def merged(self, rule):
         if self.owner is None:
             return self.copies[0].weight, self.copies[0].bias
-        bias = torch.stack([c.bias for c in self.copies]).mean(0)
+        bias = None if self.copies[0].bias is None else torch.stack([c.bias for c in self.copies]).mean(0)
         if rule == "joint":
             return self.value() / self.experts, bias
         return torch.stack([c.weight for c in self.copies]).mean(0), bias
@@ -84,6 +88,55 @@ class OracleAdapter(nn.Module):
     def forward_merged(self, x, rule="mean"):
         hidden = self.activation(F.linear(self.normed(x), *self.down.merged(rule)))
         return self.scale * F.linear(hidden, *self.up.merged(rule))
+
+
+class OracleLoRA(nn.Module):
+    """Low-rank pairs of the targets of one linear, each with copies of its matrices for every expert."""
+
+    def __init__(self, lora):
+        super().__init__()
+        self.columns, self.scale = lora.columns, copy.deepcopy(lora.scale)
+        self.pairs = nn.ModuleList(
+            nn.ModuleList(OracleProjection(part) for part in pair)
+            for pair in zip(
+                split_projection(lora.down, [lora.config.rank] * len(lora.columns)),
+                split_projection(lora.up, [stop - start for start, stop in lora.columns]),
+                strict=True,
+            )
+        )
+
+    def add(self, y, x, project):
+        """y with each target's part, where project(index, x) is the product with both matrices of a target."""
+        parts = [project(index, x) for index in range(len(self.columns))]
+        out = y.clone()
+        for (start, stop), part in zip(self.columns, parts, strict=True):
+            out[..., start:stop] = out[..., start:stop] + self.scale * part
+        return out
+
+    def forward(self, y, x, experts):
+        def project(index, x):
+            (down, up), (down_expert, up_expert) = self.pairs[index], experts[index]
+            return up(down(x, down_expert), up_expert)
+
+        return self.add(y, x, project)
+
+    def forward_merged(self, y, x, rule="mean"):
+        def project(index, x):
+            (down, _), (up, _) = (part.merged(rule) for part in self.pairs[index])
+            return F.linear(F.linear(x, down), up)
+
+        return self.add(y, x, project)
+
+
+def split_projection(projection, rows):
+    """A projection of several matrices as one for each."""
+    ends = [sum(rows[:index]) for index in range(len(rows) + 1)]
+    for start, stop in itertools.pairwise(ends):
+        part = SimpleNamespace(experts=projection.experts, bias=None, bias_owner=None)
+        part.weight = projection.weight[start:stop]
+        part.owner = None if projection.owner is None else projection.owner[start:stop]
+        part.init = None if projection.init is None else projection.init[start:stop]
+        yield part
 
 
 # Blocks that normalise the output of the MLP, and those whose adaptformer adapter sits inside the MLP.
@@ -111,11 +164,27 @@ class OracleModel(nn.Module):
         heads = self.backbone.get_classifier()
         for head in heads if isinstance(heads, tuple) else (heads,):
             head.requires_grad_(True)
+        adapters = list(adapters)
+        if placement == "qkvo":
+            self.put_pairs(adapters)
+            return
         self.adapters = nn.ModuleList(OracleAdapter(adapter) for adapter in adapters)
         self.route = lambda index, x: self.adapters[index](x, self.experts[index])
         count = 2 if placement == "houlsby" else 1
         for number, name in enumerate(blocks):
             self._hook(self.backbone.get_submodule(name), placement, number * count)
+
+    def put_pairs(self, loras):
+        """Hooks on the linears; loras: (name of the linear, layer) of all, in order."""
+        self.adapters = nn.ModuleList(OracleLoRA(lora) for _, lora in loras)
+        self.route = lambda index, y, x: self.adapters[index](y, x, self.experts[first[index] :])
+        first = [sum(len(lora.columns) for _, lora in loras[:index]) for index in range(len(loras))]
+        for index, (name, _) in enumerate(loras):
+            linear = self.backbone.get_submodule(name)
+            linear.register_forward_hook(lambda _module, args, y, index=index: self.route(index, y, args[0]))
+            attention = self.backbone.get_submodule(name.rpartition(".")[0])
+            if getattr(attention, "q_bias", None) is not None:
+                attention.qkv_bias_separate = True  # timm multiplies with the weight itself otherwise
 
     def _hook(self, block, placement, first):
         state = {}
@@ -156,13 +225,13 @@ class OracleModel(nn.Module):
         return torch.cat(passes)
 
     def forward_merged(self, images, rule="mean"):
-        routed, self.route = self.route, lambda index, x: self.adapters[index].forward_merged(x, rule)
+        routed, self.route = self.route, lambda index, *x: self.adapters[index].forward_merged(*x, rule)
         try:
             return self.backbone(images)
         finally:
             self.route = routed
 
     def mask_gradients(self):
-        for adapter in self.adapters:
-            adapter.down.mask_gradients()
-            adapter.up.mask_gradients()
+        for module in self.adapters.modules():
+            if isinstance(module, OracleProjection):
+                module.mask_gradients()

@@ -38,8 +38,8 @@ def test_values_out_of_range_are_named(kwargs, message):
 def test_round_trip_through_a_dict():
     config = MoSAConfig(bottleneck=8, scale=0.5, share="none")
     assert MoSAConfig.from_dict(config.to_dict()) == config
-    with pytest.raises(ValueError, match="no field rank"):
-        MoSAConfig.from_dict({"rank": 16})
+    with pytest.raises(ValueError, match="no field width"):
+        MoSAConfig.from_dict({"width": 16})
 
 
 def test_a_run_is_checked():
@@ -76,7 +76,7 @@ NAN, INFINITE = float("nan"), float("inf")
         (
             TrainConfig,
             {"method": "lora3"},
-            "method must be one of mosa, adapter, random_mask, bias, partial, linear, full, scratch, got 'lora3'",
+            "method must be one of mosa, adapter, lora, random_mask, bias, partial, linear, full, scratch, got 'lora3'",
         ),
         (TrainConfig, {"patience": 0}, "patience must be at least 1, got 0"),
         (TrainConfig, {"out": None}, "out must be text, got None"),
@@ -119,7 +119,10 @@ def test_facts_stand_in_the_help(capsys):
         ("--optim.lr LR", "Peak learning rate. At least 0. (type: float"),
         ("--data.mode", "Only for vtab and gicd. (type: "),
         ("--data.workers WORKERS", "At least 0. A resumed run may change it. (type: int"),
-        ("--method", "adapter: dense adapters (one expert), and the head; random_mask:"),
+        (
+            "--method",
+            "adapter: dense adapters (one expert), and the head; lora: dense low-rank pairs, and",
+        ),
         ("--adapter.dropout DROPOUT", "In [0, 1). (type: "),
     ):
         described = shown.split("options:")[1].split(f"{option} ")[1].split(" --")[0]

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from timm.layers import GELU, Mlp
 from torch import Tensor, nn
 
+from mosa_fast.adapters.linears import LoRALinear
 from mosa_fast.adapters.model import AdaptedBlock, AdaptedModel, adapters
-from mosa_fast.adapters.seams import seam_of
+from mosa_fast.adapters.placements import QKVO
+from mosa_fast.adapters.seams import call_qkv_as_module, seam_of
 from mosa_fast.adapters.wrapper import unwrapped, unwrapped_name
 from mosa_fast.backbones.structure import structure_of
 
@@ -33,9 +35,10 @@ def merge(model: Model) -> Model:
 def fold(model: AdaptedModel, create_kwargs: Mapping[str, Any] | None = None) -> Any:
     """An ordinary timm model that computes the same logits: every MLP is as much wider as its adapter is.
 
-    Exact for the placement adaptformer with the exact GELU in adapter and block (docs/design.md, The adapter inside the
-    MLP). With `g`, `b` the weight and bias of norm2, `ga`, `ba` those of the adapter's norm and `s` its scale, norm2
-    keeps only its normalisation, and
+    Low-rank pairs become part of their linears' weights, in every family. For adapters it is exact with the placement
+    adaptformer and the exact GELU in adapter and block (docs/design.md, The adapter inside the MLP). With `g`, `b` the
+    weight and bias of norm2, `ga`, `ba` those of the adapter's norm and `s` its scale, norm2 keeps only its
+    normalisation, and
 
         fc1' = [W1 diag(g); Wd diag(ga)],  b1' = [b1 + W1 b; bd + Wd ba],  fc2' = [W2, s Wu],  b2' = b2 + s bu
 
@@ -61,9 +64,11 @@ def fold(model: AdaptedModel, create_kwargs: Mapping[str, Any] | None = None) ->
             raise ValueError(f"{name} cannot be folded exactly: {reason}; merge(model) makes its adapters dense")
     plain: Any = copy.deepcopy(model.backbone).eval()
     needed = {
-        name: block.mlp.fc1.out_features + block.adapters()[0].config.bottleneck for name, block in blocks.items()
+        name: block.mlp.fc1.out_features + block.adapters()[0].config.bottleneck
+        for name, block in blocks.items()
+        if block.placement != QKVO
     }
-    kwargs, structure = _made(plain, dict(create_kwargs or getattr(plain, "_model_args", {})), blocks, needed)
+    kwargs, structure = _wider(plain, dict(create_kwargs or getattr(plain, "_model_args", {})), blocks, needed)
     for name in blocks:
         plain.set_submodule(unwrapped_name(name), _folded_block(plain.get_submodule(name)))
     wider_modules: dict[str, Any] = dict(structure.named_modules())
@@ -79,7 +84,9 @@ def fold(model: AdaptedModel, create_kwargs: Mapping[str, Any] | None = None) ->
 
 
 def why_not_folded(block: AdaptedBlock) -> str | None:
-    """Why a block's adapter is not exactly a part of a wider MLP; None: it is."""
+    """Why a block's adapter is not exactly a part of a wider MLP; None: it is (low-rank pairs: of their linears)."""
+    if block.placement == QKVO:
+        return None
     seam, mlp, norm = seam_of(block.block), block.mlp, block.norm2
     if block.placement != "adaptformer":
         return f"a {block.placement} adapter does not read what the MLP reads"
@@ -101,7 +108,7 @@ def why_not_folded(block: AdaptedBlock) -> str | None:
     return None
 
 
-def _made(
+def _wider(
     plain: Any, kwargs: dict[str, Any], blocks: Mapping[str, Any], needed: Mapping[str, int]
 ) -> tuple[dict[str, Any], Any]:
     """Arguments of timm.create_model that give every block an MLP of at least the needed width, and what they make."""
@@ -109,10 +116,12 @@ def _made(
     name = (getattr(plain, "pretrained_cfg", None) or {}).get("architecture")
     if not name:
         raise ValueError("fold needs a model that timm.create_model made: this one does not know its name")
+    if not needed:
+        return kwargs, structure_of(name, **kwargs)
     stages: dict[str, float] = {}
-    for path, block in blocks.items():
+    for path, hidden in needed.items():
         # Half a column more, since timm cuts hidden = width * ratio down to an integer.
-        ratio = (needed[path] + 0.5) / block.norm2.weight.numel()
+        ratio = (hidden + 0.5) / blocks[path].norm2.weight.numel()
         stage = path.rpartition(".")[0]
         stages[stage] = max(ratio, stages.get(stage, 0.0))
     for choice in (tuple(stages.values()), max(stages.values())):  # one for each stage where timm takes that: Swin
@@ -126,7 +135,9 @@ def _made(
 
 @torch.no_grad()
 def _folded_block(adapted: Any) -> nn.Module:
-    """The timm block of a copied AdaptedBlock, with the adapter in its MLP."""
+    """The timm block of a copied AdaptedBlock, with the adapter in its MLP, or low-rank pairs in their linears."""
+    if adapted.placement == QKVO:
+        return _with_linears(adapted.block)
     seam, block = seam_of(adapted.block), adapted.block
     mlp: Any = block.mlp
     norm: Any = block.norm2
@@ -151,6 +162,26 @@ def _folded_block(adapted: Any) -> nn.Module:
     up, up_bias = scale * adapter.up.weight.double(), scale * adapter.up.bias[0].double()
     mlp.fc1 = _linear(mlp.fc1, torch.cat([weight1, down]), torch.cat([bias1, down_bias]))
     mlp.fc2 = _linear(mlp.fc2, torch.cat([weight2, up], dim=1), bias2 + up_bias)
+    return block
+
+
+@torch.no_grad()
+def _with_linears(block: nn.Module) -> nn.Module:
+    """A block whose linears have their low-rank parts in their weights: `W' = W + s B A`, row by row of a target."""
+    for path, wrapped in list(block.named_modules()):
+        if isinstance(wrapped, LoRALinear):
+            linear: Any = wrapped.linear
+            lora = copy.deepcopy(wrapped.lora)
+            lora.merge()
+            scale = torch.as_tensor(lora.scale, dtype=torch.float64, device=lora.up.weight.device)
+            widths = [stop - start for start, stop in lora.columns]
+            pairs = zip(lora.columns, lora.down.weight.chunk(len(widths)), lora.up.weight.split(widths), strict=True)
+            weight = linear.weight.double()
+            for (start, stop), down, up in pairs:
+                weight[start:stop] += scale * up.double() @ down.double()
+            linear.weight.copy_(weight)
+            block.set_submodule(path, linear)
+    call_qkv_as_module(block, False)
     return block
 
 

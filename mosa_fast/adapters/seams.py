@@ -279,14 +279,14 @@ def lora_targets(block: Any) -> dict[str, Target]:
     return targets | {"o": Target("attn.proj", 0, attention.proj.out_features)}
 
 
-def call_qkv_as_module(block: Any) -> None:
+def call_qkv_as_module(block: Any, wanted: bool = True) -> None:
     """Make timm call a fused qkv that it would read by its weight, where the biases of q and v lie apart.
 
     EVA, BEiT and Swin v2 have this switch. The bias is then added to the product's result: the same function, in half
     precision with one rounding more.
     """
     if getattr(block.attn, "q_bias", None) is not None:
-        block.attn.qkv_bias_separate = True
+        block.attn.qkv_bias_separate = wanted
 
 
 def carries_samples(name: str, value: object) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ class SparseLoRA(nn.Module):
         )
         self.columns = tuple(columns)
         widths = [stop - start for start, stop in self.columns]
-        factory = {"generator": generator, "device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
         ranks = [rank] * len(widths)
         self.down = SparseProjection(
             in_features, ranks, experts, split=share != "down", zero_init=False, bias=None, **factory

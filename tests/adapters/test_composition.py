@@ -93,6 +93,69 @@ def test_a_forked_pass_equals_passes_of_each_view(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_low_rank_pairs_reach_every_target(name):
+    """Also where timm would multiply with the weight of qkv by itself; the views part at the input."""
+    model, images = make(name, method="lora", rank=2, targets="qkvo")
+    expected = model(images, views=2, seed=1)
+    changed = [model.eval()(images)]
+    for lora in adapters(model):
+        widths = [stop - start for start, stop in lora.columns]
+        for part in lora.up.weight.data.split(widths):
+            before = part.clone()
+            part.zero_()
+            changed.append(model(images))
+            part.copy_(before)
+    if name != "xcit":  # attention over channels: normalised q and k are as wide as a head, k's shift may cancel
+        assert all(not torch.equal(logits, changed[0]) for logits in changed[1:])
+    model.train().set_grad_checkpointing(True)
+    torch.testing.assert_close(model(images, views=2, seed=1), expected, rtol=1e-5, atol=1e-5)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(images, views=2, seed=1), model(images, views=2, seed=1))
+
+
+def test_checkpointed_low_rank_pairs_have_the_gradients_of_plain_ones(tmp_path):
+    model, images = make(method="lora", rank=2, targets="qkvo")
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        first, second = (model(images, views=2, seed=seed) for seed in (1, 2))
+        (first.square().sum() + second.square().sum()).backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(plain, recomputed) for plain, recomputed in zip(*gradients, strict=True))
+    mosa.save_adapter(model, tmp_path / "a.safetensors")
+    assert "blocks.0.attn.qkv.lora.up.weight" in load_file(tmp_path / "a.safetensors")
+    loaded = mosa.load_adapter(TINY["vit"](), tmp_path / "a.safetensors").train()
+    assert torch.equal(loaded(images, views=2, seed=1), model(images, views=2, seed=1))
+
+
+def test_a_linear_with_low_rank_pairs_hands_out_no_weight():
+    model, _ = make(method="lora")
+    qkv = model.blocks[0].attn.qkv
+    assert qkv.in_features == 24
+    for name in ("weight", "bias"):
+        with pytest.raises(AttributeError, match=f"LoRALinear has no {name} to multiply with"):
+            getattr(qkv, name)
+    with pytest.raises(RuntimeError, match="was not told which experts"):
+        qkv(torch.randn(2, 5, 24))
+
+
+def test_low_rank_pairs_compile_to_one_graph():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    model, images = make(method="lora", rank=2)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for step in range(3):
+        seed = step_seed(1, step)
+        torch.testing.assert_close(
+            compiled(images, views=2, seed=seed), model(images, views=2, seed=seed), rtol=1e-4, atol=1e-5
+        )
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_can_be_copied_pickled_and_saved_whole(name):
     model, images = make(name)
     expected = model(images, views=2, seed=1)

@@ -10,6 +10,7 @@ from test_composition import FAMILIES, make_quiet
 from tiny_models import image
 
 import mosa_fast as mosa
+from mosa_fast.adapters.linears import LoRALinear
 from mosa_fast.adapters.model import AdaptedBlock, adapters
 from mosa_fast.adapters.placements import PLACEMENTS
 from mosa_fast.backbones.heads import heads
@@ -53,11 +54,7 @@ def test_logits_gradients_and_optimizer_steps_equal_brute_force(family, placemen
     settings = {"bottleneck": 4, "experts": EXPERTS, "dropout": 0.0}
     config = mosa.MoSAConfig(placement=placement, share=share, bias=bias, merge=merge, scale=scale, **settings)
     model = mosa.adapt(copy.deepcopy(plain), config).train()
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for adapter in adapters(model):
-            for parameter in adapter.parameters():
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).double())
+    randomise(model)
     blocks = [name for name, module in model.backbone.named_modules() if isinstance(module, AdaptedBlock)]
     oracle = OracleModel(plain, blocks, placement, adapters(model)).eval()  # frozen BatchNorm as in evaluation
     layers = len(oracle.adapters)
@@ -83,6 +80,68 @@ def test_logits_gradients_and_optimizer_steps_equal_brute_force(family, placemen
         for own, other in ((adapter.down, expected.down), (adapter.up, expected.up)):
             close(own.weight, other.value())
     close(model.eval()(images), oracle.forward_merged(images, merge))
+
+
+LORA_AXES = {
+    "family": FAMILIES,
+    "targets": ["qv", "qkvo", "o", "k"],
+    "share": ["down", "up", "none"],
+    "merge": ["mean", "joint"],
+    "scale": [0.7, "trainable"],
+}
+LORA_SOME, LORA_ALL = pairwise(LORA_AXES.values()), list(itertools.product(*LORA_AXES.values()))
+LORA_POINTS = [*LORA_SOME, *(pytest.param(*p, marks=pytest.mark.slow) for p in LORA_ALL if p not in LORA_SOME)]
+
+
+@pytest.mark.parametrize(tuple(LORA_AXES), LORA_POINTS)
+def test_low_rank_pairs_equal_brute_force(family, targets, share, merge, scale):
+    plain = make_quiet(family).double()
+    images = image(plain, 2).double()
+    settings = {"method": "lora", "rank": 3, "experts": EXPERTS}
+    config = mosa.MoSAConfig(targets=targets, share=share, merge=merge, scale=scale, **settings)
+    model = mosa.adapt(copy.deepcopy(plain), config).train()
+    randomise(model)
+    names = {id(module.lora): name for name, module in model.backbone.named_modules() if isinstance(module, LoRALinear)}
+    loras = [(names[id(lora)].replace(".block.", "."), lora) for lora in adapters(model)]
+    oracle = OracleModel(plain, (), "qkvo", loras).eval()
+    draws = sum(lora.draws for _, lora in loras)
+    labels = torch.tensor([3, 7]).repeat(2)
+    decay = 0.1 if share == "down" else 0.0
+    optimizers = [make_optimizer(m, lr=1e-3, weight_decay=decay) for m in (model, oracle)]
+    for step in range(STEPS):
+        experts = draw(step_seed(5, step), draws, 2, EXPERTS).experts
+        logits = []
+        for m, optimizer in zip((model, oracle), optimizers, strict=True):
+            optimizer.zero_grad()
+            logits.append(m(images, experts=experts))
+            torch.nn.functional.cross_entropy(logits[-1], labels).backward()
+            if m is oracle:
+                oracle.mask_gradients()
+        close(*logits)
+        if step in (0, STEPS - 1):
+            for (_, lora), expected in zip(loras, oracle.adapters, strict=True):
+                for number, own in enumerate((lora.down, lora.up)):
+                    close(own.weight.grad, torch.cat([pair[number].gradient()[0] for pair in expected.pairs]))
+                if isinstance(lora.scale, torch.nn.Parameter):
+                    close(lora.scale.grad, expected.scale.grad)
+        for optimizer in optimizers:
+            optimizer.step()
+    for (_, lora), expected in zip(loras, oracle.adapters, strict=True):
+        for number, own in enumerate((lora.down, lora.up)):
+            close(own.weight, torch.cat([pair[number].value() for pair in expected.pairs]))
+    close(model.eval()(images), oracle.forward_merged(images, merge))
+    if family not in ("hybrid",):
+        close(mosa.fold(model)(images), oracle.forward_merged(images, merge))
+    assert not torch.allclose(model(images), plain(images))
+    close(mosa.merge(model)(images), oracle.forward_merged(images, merge))
+
+
+def randomise(model):
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for adapter in adapters(model):
+            for parameter in adapter.parameters():
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).double())
 
 
 def compare_gradients(model, oracle):

@@ -37,8 +37,8 @@ def test_a_method_trains_what_its_row_says(tmp_path, method):
     names = {timm_names_of[name] for name in trained_names(model)}
     everything = {timm_names_of[name] for name, _ in model.named_parameters()}
     head = {"head.weight", "head.bias"}
-    layers = {name for name in everything if ".adapter." in name}
-    assert bool(layers) == (method in ("mosa", "adapter", "random_mask"))
+    layers = {name for name in everything if ".adapter." in name or ".lora." in name}
+    assert bool(layers) == (method in ("mosa", "adapter", "lora", "random_mask"))
     last = {name for name in everything if name.startswith((f"blocks.{len(model.blocks) - 1}.", "norm.", "fc_norm."))}
     expected = {
         "bias": {name for name in everything if name.endswith("bias")} | head,
