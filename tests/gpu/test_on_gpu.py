@@ -3,8 +3,10 @@
 import pytest
 import torch
 from kernel_cases import CASES, DIFFERENTIABLE, Case, check, compare, error, make, poisoned, run, variant
+from lora_cases import CASES as LORA_CASES
+from lora_cases import DIFFERENTIABLE as LORA_DIFFERENTIABLE
 
-from mosa_fast.ops import backend, sparse_adapter
+from mosa_fast.ops import backend, sparse_adapter, sparse_lora
 from mosa_fast.ops.backends import unavailable_reason
 
 pytestmark = pytest.mark.gpu
@@ -13,6 +15,16 @@ VITS = [
     variant(CASES[0], name=f"vit_{width}_{rank}", width=width, bottleneck=rank, samples=4, tokens=197, experts=4)
     for width, rank in ((384, 64), (768, 64), (1024, 16), (1280, 64), (768, 128), (768, 256), (768, 48))
 ]
+VIT_LORA = variant(
+    LORA_CASES[0],
+    name="q_and_v_of_vit_b",
+    width=768,
+    out_width=2304,
+    columns=((0, 768), (1536, 2304)),
+    rank=16,
+    tokens=197,
+    scale=torch.tensor(0.3),
+)
 GIB = 2**30
 
 
@@ -40,7 +52,26 @@ def test_output_and_gradients(case, dtype, name):
     check(case, dtype, "cuda", name)
 
 
+@pytest.fixture
+def triton_serves():
+    """sparse_lora has Triton kernels only."""
+    reason = unavailable_reason("triton")
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [*LORA_CASES, VIT_LORA, variant(VIT_LORA, name="forked", fork=True)], ids=str)
+def test_output_and_gradients_of_lora(case, dtype, triton_serves):
+    check(case, dtype, "cuda")
+
+
 # Small enough for compute-sanitizer; `benchmarks/gpu.sh` selects them by name.
+@pytest.mark.parametrize("chosen", LORA_CASES[:5], ids=str)
+def test_sanitized_lora(chosen, triton_serves):
+    check(chosen, torch.float16, "cuda")
+
+
 @pytest.mark.parametrize("chosen", ["default", "fork_of_three_groups", "odd_widths", "several_segments_a_slice"])
 def test_sanitized(chosen, name):
     check(next(case for case in CASES if case.name == chosen), torch.float16, "cuda", name)
@@ -78,18 +109,23 @@ def test_the_same_inputs_give_the_same_bits(dtype, name):
 
 
 def test_graph_replay_follows_the_experts(name):
-    case = variant(VITS[1], scale=torch.tensor(0.3))
-    arguments = make(case, torch.bfloat16, "cuda")
-    leaves = {}
+    arguments = make(variant(VITS[1], scale=torch.tensor(0.3)), torch.bfloat16, "cuda")
     for leaf in DIFFERENTIABLE:
-        leaves[leaf] = arguments[leaf] = arguments[leaf].detach().requires_grad_()
+        arguments[leaf] = arguments[leaf].detach().requires_grad_()
+    leaves = [arguments[leaf] for leaf in DIFFERENTIABLE]
     arguments["seed"] = torch.tensor([5], device="cuda")
-    grad = torch.randn_like(arguments["x"])
+    replay(arguments, leaves, lambda: sparse_adapter(**arguments), name, ([[0, 1], [2, 3]], [[-1, 2], [1, -1]]))
+
+
+def replay(arguments, leaves, operator, name, draws):
+    """Capture a step in a CUDA graph, and compare what it gives for other experts and seeds with a step outside."""
+    with backend(name):
+        grad = torch.randn_like(operator())
 
     def step():
         with backend(name):
-            out = sparse_adapter(**arguments)
-        return [out, *torch.autograd.grad(out, list(leaves.values()), grad)]
+            out = operator()
+        return [out, *torch.autograd.grad(out, leaves, grad)]
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -100,13 +136,22 @@ def test_graph_replay_follows_the_experts(name):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
-    for experts, seed in (([[0, 1], [2, 3]], 6), ([[-1, 2], [1, -1]], 7)):
+    for seed, experts in enumerate(draws, 6):
         arguments["experts"].copy_(torch.tensor(experts, dtype=torch.int32))
-        arguments["seed"].fill_(seed)
+        if "seed" in arguments:
+            arguments["seed"].fill_(seed)
         graph.replay()
         replayed = [value.detach().clone() for value in captured]
         for value, expected in zip(replayed, step(), strict=True):
             assert torch.equal(value, expected)
+
+
+def test_graph_replay_of_lora_follows_the_experts(triton_serves):
+    arguments = make(VIT_LORA, torch.bfloat16, "cuda")
+    for leaf in LORA_DIFFERENTIABLE:
+        arguments[leaf] = arguments[leaf].detach().requires_grad_()
+    leaves = [arguments[leaf] for leaf in LORA_DIFFERENTIABLE]
+    replay(arguments, leaves, lambda: sparse_lora(**arguments), "triton", ([[[2, 0], [1, 1]], [[-1, 2], [0, 1]]],))
 
 
 @pytest.mark.parametrize("autocast", [False, True])
