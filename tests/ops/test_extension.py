@@ -268,9 +268,9 @@ def test_reason_when_built_for_another_torch(plain, monkeypatch):
 def test_auto_does_not_wait_for_a_compiler(plain, monkeypatch):
     monkeypatch.setattr(backends, "unavailable_reason", lambda name: "no triton" if name == "triton" else None)
     monkeypatch.setattr(extension, "built", lambda: False)
-    assert backends._automatic() == "reference"
+    assert backends._automatic("sparse_adapter") == "reference"
     monkeypatch.setattr(extension, "built", lambda: True)
-    assert backends._automatic() == "cuda"
+    assert backends._automatic("sparse_adapter") == "cuda"
 
 
 def test_the_backend_needs_no_triton():

@@ -204,6 +204,7 @@ def test_compiles_without_a_graph_break():
         ({"down_bias": torch.zeros(R)}, r"down_bias must be floating point \[E, 6\]"),
         ({"up_owner": None}, r"up_bias must be \[1, 10\] for a dense projection"),
         ({"experts": torch.zeros(1, 2)}, r"experts must be int32 \[V, 2\], got float32"),
+        ({"experts": torch.zeros(0, 2, dtype=torch.int32)}, r"experts must be int32 \[V, 2\], got int32 \[0, 2\]"),
         ({"experts": torch.zeros(3, 2, dtype=torch.int32)}, "3 groups, which do not divide the 4 samples"),
         ({"activation": "tanh"}, "activation must be one of gelu, relu, silu"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
