@@ -128,7 +128,7 @@ def _wider(
         try:
             made = kwargs | {"mlp_ratio": choice}
             return made, structure_of(name, **made)
-        except TypeError:
+        except (TypeError, IndexError):  # the latter where other arguments say how many stages there are
             continue
     raise ValueError(f"timm.create_model({name!r}) takes no mlp_ratio")
 

@@ -330,8 +330,11 @@ def test_trained_batchnorm_is_saved_with_its_statistics(name):
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_half_precision_trains_and_evaluates_every_family(name, precision):
-    if name == "hiera_layer_scale" and precision == "bf16-true":
-        pytest.skip("timm adds a position embedding of float32 to it")
+    try:
+        plain = TINY[name]().bfloat16()
+        plain(image(plain).bfloat16())
+    except RuntimeError as error:
+        pytest.skip(f"this timm's own forward does not work in bfloat16: {error}")
     model, images = make(name, dropout=0.0)
     expected = model.eval()(images)
     store_frozen(model, precision)
