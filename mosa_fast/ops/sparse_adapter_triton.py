@@ -41,8 +41,7 @@ def backward(call: SparseAdapterCall, grad_out: Tensor, saved: Sequence[Tensor],
     """Fill the gradients."""
     c, device = call, grad_out.device
     stats, pre, vectors = map(launching.wanted, saved)
-    arguments = _arguments(c) | dict.fromkeys(f"grad_{name}_ptr" for name in c.TENSORS)
-    arguments |= {f"grad_{name}_ptr": gradient for name, gradient in gradients.items()}
+    arguments = _arguments(c) | triton_launching.gradient_arguments(c, gradients)
     arguments |= {
         "grad_out_ptr": grad_out,
         "stats_ptr": stats,

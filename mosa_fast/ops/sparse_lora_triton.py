@@ -51,8 +51,7 @@ def backward(call: SparseLoRACall, grad_out: Tensor, saved: Sequence[Tensor], gr
     """Fill the gradients."""
     c, device, (hidden,) = call, grad_out.device, saved
     targets = _targets(c)
-    arguments = _arguments(c) | dict.fromkeys(f"grad_{name}_ptr" for name in (*c.TENSORS, "norm_weight", "norm_bias"))
-    arguments |= {f"grad_{name}_ptr": gradient for name, gradient in gradients.items()}
+    arguments = _arguments(c) | triton_launching.gradient_arguments(c, gradients)
     arguments |= {
         "grad_out_ptr": grad_out,
         "hidden_ptr": hidden,
@@ -88,6 +87,8 @@ def backward(call: SparseLoRACall, grad_out: Tensor, saved: Sequence[Tensor], gr
         "UP_WEIGHTS": up_weights,
         "DOWN_WEIGHTS": down_weights,
         "NORM_WEIGHTS": 0,
+        "grad_norm_weight_ptr": None,
+        "grad_norm_bias_ptr": None,
     }
     triton_launching.launch(sparse_lora_bwd_weight_kernel, (split.slices * column_blocks,), tile, arguments)
     blocks = triton.cdiv(up_weights + down_weights, SUM_TILE.columns) + scaled

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import triton.language as tl
+from torch import Tensor
 
 from mosa_fast.ops.call import Call
 from mosa_fast.ops.triton_tiles import Tile
@@ -30,7 +31,7 @@ def _parameters_of(kernel: Any) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
 
 def arguments(call: Call) -> dict[str, Any]:
     """What kernels of every operator take: tensors as `NAME_ptr`, sizes, and how products are computed."""
-    named: dict[str, Any] = {f"{name}_ptr": tensor for name, tensor in call.tensors().items()}
+    named: dict[str, Any] = dict(zip(_pointers("", *call.TENSORS), call.tensors().values(), strict=True))
     return named | {
         "rows_per_group": call.rows_per_group,
         "groups": call.groups,
@@ -39,6 +40,16 @@ def arguments(call: Call) -> dict[str, Any]:
         "PRODUCT": TRITON_DTYPES[call.product_dtype],
         "PRECISION": product_precision(),
     }
+
+
+def gradient_arguments(call: Call, gradients: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    """Gradients as `grad_NAME_ptr`; None for those that are not wanted."""
+    return dict(zip(_pointers("grad_", *call.TENSORS), map(gradients.get, call.TENSORS), strict=True))
+
+
+@cache
+def _pointers(prefix: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{prefix}{name}_ptr" for name in names)
 
 
 def product_precision() -> str:

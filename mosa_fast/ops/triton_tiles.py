@@ -31,20 +31,6 @@ class Tile:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-@dataclass(frozen=True)
-class Key:
-    """What a tile depends on. dtype: of the products. architecture: "sm_90", "gfx942", "cpu" (interpreter)."""
-
-    operator: str
-    kernel: str
-    width: int
-    bottleneck: int
-    dtype: torch.dtype
-    architecture: str
-    input_dtype: torch.dtype
-    fork: bool = False
-
-
 # By kernel and kind of call, then by bytes of a product's element and r padded to a power of two, at least 64. Other
 # operators than the adapter have rows of their own only where they want something else. These are the largest tiles
 # found that compile without spills for sm_80 and sm_90 with every option on. They were chosen by that alone and have
@@ -134,29 +120,44 @@ def padded_rank(rank: int) -> int:
 def choose(kernel: str, call: Call, bottleneck: int) -> Tile:
     """The tile of one of `KERNELS` for a call. bottleneck: the ranks of all targets in sparse_lora."""
     architecture = architecture_of(call.x.device)
-    dtypes = {"dtype": call.product_dtype, "input_dtype": call.x.dtype}
-    key = Key(call.NAME, kernel, call.width, bottleneck, architecture=architecture, fork=call.fork, **dtypes)
-    return tile_of(key)
+    return tile_of(call.NAME, kernel, call.width, bottleneck, call.product_dtype, architecture, call.x.dtype, call.fork)
 
 
-def tile_of(key: Key) -> Tile:
-    """The tile for a key."""
-    if key.architecture == "cpu":
+@lru_cache
+def tile_of(
+    operator: str,
+    kernel: str,
+    width: int,
+    bottleneck: int,
+    dtype: torch.dtype,
+    architecture: str,
+    input_dtype: torch.dtype,
+    fork: bool = False,
+) -> Tile:
+    """The tile for all that it may depend on.
+
+    Args:
+        operator, kernel: whose, and which of `KERNELS`.
+        width, bottleneck: D and r.
+        dtype, input_dtype: of the products and of x.
+        architecture: "sm_90", "gfx942", "cpu" (interpreter).
+        fork: whether the groups read the same rows.
+    """
+    if architecture == "cpu":
         return INTERPRETER
-    bytes_each = key.dtype.itemsize
-    size = (bytes_each, min(max(64, triton.next_power_of_2(key.bottleneck)), 256))
-    kinds = ["plain", key.operator, key.architecture]
-    if key.input_dtype.itemsize > bytes_each:
+    size = (dtype.itemsize, min(max(64, triton.next_power_of_2(bottleneck)), 256))
+    kinds = ["plain", operator, architecture]
+    if input_dtype.itemsize > dtype.itemsize:
         kinds.append("autocast")
-    if key.fork:
+    if fork:
         kinds.append("fork")
-    if key.width * bytes_each % VECTOR_BYTES or key.bottleneck * bytes_each % VECTOR_BYTES:
+    if width * dtype.itemsize % VECTOR_BYTES or bottleneck * dtype.itemsize % VECTOR_BYTES:
         kinds.append("ragged")
-    tile = next(t for kind in reversed(kinds) if (t := TILES.get((key.kernel, kind), {}).get(size)))
-    if key.architecture in ROOMY:
+    tile = next(t for kind in reversed(kinds) if (t := TILES.get((kernel, kind), {}).get(size)))
+    if architecture in ROOMY:
         return tile
     # 64 KB on AMD's chips is no room for a pipeline; 99 KB is room for a shorter one.
-    return replace(tile, stages=1 if key.architecture.startswith("gfx") else max(1, tile.stages - 1))
+    return replace(tile, stages=1 if architecture.startswith("gfx") else max(1, tile.stages - 1))
 
 
 def architecture_of(device: torch.device) -> str:
