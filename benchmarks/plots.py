@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.cases import COPY
 from benchmarks.contenders import CONTENDERS, NO_ADAPTER, split_variant
-from benchmarks.report import Group, Row, groups, heading, shape, subject, timed, yardstick
+from benchmarks.groups import Group, groups, heading, shape, subject, timed, yardstick
+from benchmarks.results import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

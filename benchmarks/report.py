@@ -11,50 +11,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders import CONTENDERS, NO_ADAPTER, NO_ADAPTER_APART
-from benchmarks.results import FOLDER, KEY, LEAST_RUNS, Row, markdown_table, read
+from benchmarks.contenders import NO_ADAPTER, NO_ADAPTER_APART
+from benchmarks.groups import Group, groups, heading, shape, subject, timed, yardstick
+from benchmarks.plots import PLOTS
+from benchmarks.results import FOLDER, LEAST_RUNS, Row, markdown_table, read
 
 PAPER = "paper"
-MODES = {"all": "forward and backward", "forward": "forward", "backward": "backward"}
-SUBJECTS = {
-    "operator": "the adapter alone",
-    "block": "a block with its adapter",
-    "step": "a training step",
-    "evaluation": "evaluation",
-}
-Group = tuple[Any, ...]  # case, backbone, images, tokens, precision, mode
-
-
-def groups(results: dict[str, Any]) -> dict[Group, list[Row]]:
-    """Rows by what they measure, in order."""
-    found: dict[Group, list[Row]] = {}
-    for row in results["rows"]:
-        found.setdefault(tuple(row[field] for field in KEY[:-1]), []).append(row)
-    return found
-
-
-def timed(rows: Iterable[Row]) -> dict[str, Row]:
-    """Rows that have a time, by contender."""
-    return {row["contender"]: row for row in rows if row["ms"] is not None}
-
-
-def subject(group: Group) -> str:
-    """What was timed: "the adapter alone, forward and backward"."""
-    case, mode = str(group[0]), group[-1]
-    name = SUBJECTS.get(case, case)
-    return f"{name}, {MODES[mode]}" if case in ("operator", "block") else name
-
-
-def shape(group: Group) -> str:
-    """On what: "vit_tiny_patch16_224, 8 images of 197 tokens, fp32"."""
-    _, backbone, images, tokens, precision, _ = group
-    return f"{backbone}, {images} image{'' if images == 1 else 's'} of {tokens} tokens, {precision}"
-
-
-def yardstick(group: Group, contender: str) -> str:
-    """The contender that another one's time is divided by: the same without adapters, and the same views in common."""
-    apart = contender not in CONTENDERS or not CONTENDERS[contender].views_together
-    return NO_ADAPTER_APART if group[0] == "step" and apart else NO_ADAPTER
 
 
 def memory(row: Row) -> float | None:
@@ -110,16 +72,6 @@ def table(group: Group, rows: list[Row]) -> str:
     return "\n\n".join([*parts, *([" ".join(notes)] if notes else [])])
 
 
-def heading(results: dict[str, Any]) -> str:
-    """Where and with what the results were measured."""
-    e = results["environment"]
-    threads = f"{e['threads']} thread{'' if e['threads'] == 1 else 's'}"
-    return (
-        f"{e['device']}, {threads}, torch {e['torch']}, triton {e['triton']}, commit {e['commit']}; "
-        f"adapters with r = {results['config']['bottleneck']}, E = {results['config']['experts']}."
-    )
-
-
 def summary(results: dict[str, Any]) -> str:
     """What the README shows: the training steps."""
     steps = [table(group, rows) for group, rows in groups(results).items() if group[0] == "step"]
@@ -158,8 +110,6 @@ def _number(value: float | None, form: str) -> str:
 
 
 def main() -> None:
-    from benchmarks.plots import PLOTS
-
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n")[0])
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE.json")
     options = parser.parse_args()
