@@ -57,25 +57,7 @@ def test_logits_gradients_and_optimizer_steps_equal_brute_force(family, placemen
     randomise(model)
     blocks = [name for name, module in model.backbone.named_modules() if isinstance(module, AdaptedBlock)]
     oracle = OracleModel(plain, blocks, placement, adapters(model)).eval()  # frozen BatchNorm as in evaluation
-    layers = len(oracle.adapters)
-    labels = torch.tensor([3, 7]).repeat(2)
-    # The copies of W0 in an expert that does not own them would decay (docs/method.md, Weights and gradients).
-    decay = 0.1 if share == "down" else 0.0
-    optimizers = [make_optimizer(m, lr=1e-3, weight_decay=decay) for m in (model, oracle)]
-    for step in range(STEPS):
-        experts = draw(step_seed(5, step), layers, 2, EXPERTS).experts
-        logits = []
-        for m, optimizer in zip((model, oracle), optimizers, strict=True):
-            optimizer.zero_grad()
-            logits.append(m(images, experts=experts))
-            torch.nn.functional.cross_entropy(logits[-1], labels).backward()
-            if m is oracle:
-                oracle.mask_gradients()
-        close(*logits)
-        if step in (0, STEPS - 1):
-            compare_gradients(model, oracle)
-        for optimizer in optimizers:
-            optimizer.step()
+    train_side_by_side(model, oracle, images, len(oracle.adapters), share, lambda: compare_gradients(model, oracle))
     for adapter, expected in zip(adapters(model), oracle.adapters, strict=True):
         for own, other in ((adapter.down, expected.down), (adapter.up, expected.up)):
             close(own.weight, other.value())
@@ -104,8 +86,29 @@ def test_low_rank_pairs_equal_brute_force(family, targets, share, merge, scale):
     names = {id(module.lora): name for name, module in model.backbone.named_modules() if isinstance(module, LoRALinear)}
     loras = [(names[id(lora)].replace(".block.", "."), lora) for lora in adapters(model)]
     oracle = OracleModel(plain, (), "qkvo", loras).eval()
-    draws = sum(lora.draws for _, lora in loras)
+
+    def compare():
+        for (_, lora), expected in zip(loras, oracle.adapters, strict=True):
+            for number, own in enumerate((lora.down, lora.up)):
+                close(own.weight.grad, torch.cat([pair[number].gradient()[0] for pair in expected.pairs]))
+            if isinstance(lora.scale, torch.nn.Parameter):
+                close(lora.scale.grad, expected.scale.grad)
+
+    train_side_by_side(model, oracle, images, sum(lora.draws for _, lora in loras), share, compare)
+    for (_, lora), expected in zip(loras, oracle.adapters, strict=True):
+        for number, own in enumerate((lora.down, lora.up)):
+            close(own.weight, torch.cat([pair[number].value() for pair in expected.pairs]))
+    close(model.eval()(images), oracle.forward_merged(images, merge))
+    if family not in ("hybrid",):
+        close(mosa.fold(model)(images), oracle.forward_merged(images, merge))
+    assert not torch.allclose(model(images), plain(images))
+    close(mosa.merge(model)(images), oracle.forward_merged(images, merge))
+
+
+def train_side_by_side(model, oracle, images, draws, share, compare_gradients):
+    """Steps of both with the same experts: logits are compared in each, gradients in the first and the last."""
     labels = torch.tensor([3, 7]).repeat(2)
+    # The copies of W0 in an expert that does not own them would decay (docs/method.md, Weights and gradients).
     decay = 0.1 if share == "down" else 0.0
     optimizers = [make_optimizer(m, lr=1e-3, weight_decay=decay) for m in (model, oracle)]
     for step in range(STEPS):
@@ -119,21 +122,9 @@ def test_low_rank_pairs_equal_brute_force(family, targets, share, merge, scale):
                 oracle.mask_gradients()
         close(*logits)
         if step in (0, STEPS - 1):
-            for (_, lora), expected in zip(loras, oracle.adapters, strict=True):
-                for number, own in enumerate((lora.down, lora.up)):
-                    close(own.weight.grad, torch.cat([pair[number].gradient()[0] for pair in expected.pairs]))
-                if isinstance(lora.scale, torch.nn.Parameter):
-                    close(lora.scale.grad, expected.scale.grad)
+            compare_gradients()
         for optimizer in optimizers:
             optimizer.step()
-    for (_, lora), expected in zip(loras, oracle.adapters, strict=True):
-        for number, own in enumerate((lora.down, lora.up)):
-            close(own.weight, torch.cat([pair[number].value() for pair in expected.pairs]))
-    close(model.eval()(images), oracle.forward_merged(images, merge))
-    if family not in ("hybrid",):
-        close(mosa.fold(model)(images), oracle.forward_merged(images, merge))
-    assert not torch.allclose(model(images), plain(images))
-    close(mosa.merge(model)(images), oracle.forward_merged(images, merge))
 
 
 def randomise(model):
