@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mosa_fast.adapters.adapter_file import load_adapter, save_adapter
+    from mosa_fast.adapters.bank import AdapterBank
     from mosa_fast.adapters.fold import fold, merge
     from mosa_fast.adapters.model import adapt
     from mosa_fast.adapters.summary import summary
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdapterBank": "mosa_fast.adapters.bank",
     "adapt": "mosa_fast.adapters.model",
     "fold": "mosa_fast.adapters.fold",
     "merge": "mosa_fast.adapters.fold",
@@ -34,6 +36,7 @@ _HOMES = {
     "set_backend": "mosa_fast.ops.backends",
 }
 __all__ = [
+    "AdapterBank",
     "MoSAConfig",
     "SparseAdapter",
     "SparseLoRA",
