@@ -1,12 +1,14 @@
 """mosa_fast: Mixture of Sparse Adapters (MoSA) for vision transformers.
 
-Importing this package imports nothing else: each public name brings in what it needs when it is first used.
+Importing this package imports no other library: each public name brings in what it needs when it is first used.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+from mosa_fast.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from mosa_fast.adapters.adapter_file import load_adapter, save_adapter
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
     from mosa_fast.nn.sparse_adapter import SparseAdapter
     from mosa_fast.nn.sparse_lora import SparseLoRA
     from mosa_fast.ops.backends import backend, set_backend
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "AdapterBank": "mosa_fast.adapters.bank",

@@ -22,6 +22,7 @@ from mosa_fast.adapters.wrapper import Wrapper
 from mosa_fast.backbones.frozen import draws_random_numbers, hold_statistics, parts_samples
 from mosa_fast.backbones.heads import classifiers
 from mosa_fast.config import MoSAConfig
+from mosa_fast.data.transforms import Preprocessing
 from mosa_fast.nn import SparseAdapter, SparseLoRA
 from mosa_fast.nn.sparse_adapter import FIXED
 from mosa_fast.routing import BlockRouting, Routing, as_seed, draw
@@ -108,12 +109,16 @@ class AdaptedModel(Wrapper):
 
     Attributes:
         backbone: the timm model; calling it by itself works in evaluation only.
+        classes: names of the classes, by label; None: unknown. Set them, and adapter files hold them.
+        preprocessing: what evaluation does to an image before the model sees it; the same.
     """
 
     CHILD = "backbone"
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
+        self.classes: list[str] | None = None
+        self.preprocessing: Preprocessing | None = None
         self.backbone = backbone
 
     @property

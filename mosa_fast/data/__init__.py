@@ -6,7 +6,16 @@ from pathlib import Path
 
 from mosa_fast.config import DataConfig
 from mosa_fast.data.parts import Splits
-from mosa_fast.data.transforms import IMAGENET, Statistics, Transforms, image_transform, squash_transform
+from mosa_fast.data.transforms import (
+    IMAGENET,
+    Preprocessing,
+    Statistics,
+    Transforms,
+    cropped,
+    evaluation_transform,
+    squashed,
+    train_transform,
+)
 from mosa_fast.options import check_choice, check_fields, facts_of
 
 
@@ -52,12 +61,19 @@ def load_data(
     return load_folder(root, transforms, config.val_fraction, seed)
 
 
+def preprocessing_of(config: DataConfig, image_size: int, statistics: Statistics = IMAGENET) -> Preprocessing:
+    """What evaluation does to the images of a data set; the arguments are those of `load_data`."""
+    if config.name == "digits":
+        from mosa_fast.data.digits import STATISTICS
+
+        return squashed(image_size, STATISTICS)
+    return (squashed if config.name == "vtab" else cropped)(image_size, statistics)
+
+
 def make_transforms(config: DataConfig, image_size: int, statistics: Statistics = IMAGENET) -> Transforms:
     """What a family of image files does to its images; the arguments are those of `load_data`."""
-    if config.name == "vtab":
-        squash = squash_transform(image_size, statistics)
-        return Transforms(squash, squash)
-    return Transforms(*(image_transform(image_size, train=train, statistics=statistics) for train in (True, False)))
+    preprocessing = preprocessing_of(config, image_size, statistics)
+    return Transforms(train_transform(preprocessing), evaluation_transform(preprocessing))
 
 
 _WHERE = {
