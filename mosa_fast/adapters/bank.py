@@ -11,18 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mosa_fast.adapters.adapter_file import _on_meta as on_meta
-from mosa_fast.adapters.adapter_file import _prepare as prepare
-from mosa_fast.adapters.adapter_file import _read as read_adapter
-from mosa_fast.adapters.adapter_file import check_trained_state, timm_names, trained_state
+from mosa_fast.adapters.adapter_file import (
+    check_adapter,
+    metadata_of,
+    prepare,
+    read_adapter,
+    timm_names,
+    trained_state,
+    without_data,
+)
 from mosa_fast.adapters.fold import merge
 from mosa_fast.adapters.linears import LoRALinear
+from mosa_fast.adapters.metadata import Metadata
 from mosa_fast.adapters.model import AdaptedBlock, AdaptedModel, adapters
 from mosa_fast.adapters.placements import QKVO, placement_of
 from mosa_fast.adapters.seams import call_qkv_as_module, carries_samples, find_blocks
 from mosa_fast.adapters.wrapper import Wrapper, unwrapped
 from mosa_fast.backbones.heads import classifiers, heads
-from mosa_fast.config import MoSAConfig
+from mosa_fast.data.transforms import Preprocessing
 from mosa_fast.nn.stacks import AdapterStack, LinearStack, LoRAStack, TaskStack
 
 
@@ -63,9 +69,9 @@ class AdapterBank(Wrapper):
         if len(classifiers(model)) > len(heads(model)):
             raise ValueError("a bank holds linear heads, but this model's attention pooling is trained with its task")
         # What a task's tensors are checked against. In a tuple, since it is no part of the bank: it has no data.
-        self._structure = (on_meta(model),)
+        self._structure = (without_data(model),)
         self._kind: str | None = None
-        self._tasks: list[str] = []
+        self._tasks: dict[str, Metadata] = {}
         self.backbone = model.requires_grad_(False).eval()
         self.training = False
         for name, source in (tasks or {}).items():
@@ -85,13 +91,13 @@ class AdapterBank(Wrapper):
 
         Raises:
             ValueError: there is a task of that name; or its adapters do not fit the model or the other tasks (another
-                placement, activation or low-rank targets; sizes and scales may differ); or more than adapters and head
-                was trained. The bank is then as it was.
+                placement, activation or low-rank targets; sizes and scales may differ); or it was trained on another
+                backbone, or more of it than adapters and head. The bank is then as it was.
             FileNotFoundError: there is no such file.
         """
         if name in self._tasks:
             raise ValueError(f"the bank has a task {name!r} already: remove it first")
-        adapted = self._merged(f"task {name!r}", source)
+        adapted, metadata = self._merged(f"task {name!r}", source)
         kind = _kind(adapted)
         if self._kind is None:
             self._put_stacks(adapted)
@@ -109,7 +115,7 @@ class AdapterBank(Wrapper):
                 stack.append_adapter(own, linear.out_features)
             else:
                 stack.append_adapter(own)
-        self._tasks.append(name)
+        self._tasks[name] = metadata
 
     def remove(self, name: str) -> None:
         """Take a task out.
@@ -120,7 +126,25 @@ class AdapterBank(Wrapper):
         index = self._index(name)
         for _, stack in self._stacks():
             stack.remove(index)
-        del self._tasks[index]
+        del self._tasks[name]
+
+    def classes(self, name: str) -> list[str] | None:
+        """The names of a task's classes, by label; None where its file has none.
+
+        Raises:
+            ValueError: there is no such task.
+        """
+        self._index(name)
+        return self._tasks[name].classes
+
+    def preprocessing(self, name: str) -> Preprocessing | None:
+        """What a task does to its images, which it is the caller's part to do; None where its file does not say.
+
+        Raises:
+            ValueError: there is no such task.
+        """
+        self._index(name)
+        return self._tasks[name].preprocessing
 
     @torch.no_grad()
     def forward(self, images: Any, tasks: str | Sequence[str], **arguments: Any) -> Tensor:
@@ -175,7 +199,7 @@ class AdapterBank(Wrapper):
     def _index(self, name: str) -> int:
         if name not in self._tasks:
             raise ValueError(f"the bank has no task {name!r}; it has {', '.join(self._tasks) or 'none'}")
-        return self._tasks.index(name)
+        return list(self._tasks).index(name)
 
     def _stacks(self) -> Iterator[tuple[str, Any]]:
         for path, module in self.backbone.named_modules():
@@ -194,24 +218,23 @@ class AdapterBank(Wrapper):
             for stack in stacks:
                 stack.tasks = None
 
-    def _merged(self, task: str, source: str | Path | nn.Module) -> AdaptedModel:
-        """A task's merged adapters and heads, in an adapted model whose backbone has no data."""
-        tensors: dict[str, Tensor]
-        config: MoSAConfig
+    def _merged(self, task: str, source: str | Path | nn.Module) -> tuple[AdaptedModel, Metadata]:
+        """A task's merged adapters and heads, in an adapted model whose backbone has no data; and facts of the task."""
         if isinstance(source, nn.Module):
             given: Any = unwrapped(source)
             if not isinstance(given, AdaptedModel):
                 raise ValueError(f"{task} must be an adapter file or an adapted model, got a {type(given).__name__}")
-            tensors, config = trained_state(given), given.mosa_config
+            tensors = trained_state(given)
+            metadata = metadata_of(given, tensors)
         else:
             task = f"{task} ({source})"
-            tensors, config = read_adapter(Path(source))
-        adapted = prepare(copy.deepcopy(self._structure[0]), config, tensors)
+            tensors, metadata = read_adapter(Path(source))
+        adapted = prepare(copy.deepcopy(self._structure[0]), metadata.config, tensors)
         trained = sorted(tensors.keys() - trained_state(adapted).keys() & set(timm_names(adapted).values()))
         if trained:
             more = f" and {len(trained) - 1} more" if len(trained) > 1 else ""
             raise ValueError(f"{task} has trained weights of the backbone, which tasks share: {trained[0]}{more}")
-        check_trained_state(adapted, tensors, task)
+        check_adapter(adapted, self.backbone, tensors, metadata, task)
         device = next(self.backbone.parameters()).device
         own = {timm_name: name for name, timm_name in timm_names(adapted).items()}
         given_tensors = {own[name]: tensor for name, tensor in tensors.items()}
@@ -220,7 +243,7 @@ class AdapterBank(Wrapper):
             if id(module) in parts:
                 module.to_empty(device=device)
                 module.load_state_dict({key: given_tensors[f"{path}.{key}"] for key in module.state_dict()})
-        return merge(adapted).requires_grad_(False)
+        return merge(adapted).requires_grad_(False), metadata
 
     def _put_stacks(self, adapted: AdaptedModel) -> None:
         """Put empty stacks where a task has its adapters and heads."""

@@ -168,6 +168,31 @@ def test_trained_weights_of_the_backbone_are_refused(tmp_path):
     assert type(plain.head) is torch.nn.Linear
 
 
+def test_another_backbone_is_refused(tmp_path, images):
+    mosa.save_adapter(trained_vit(), tmp_path / "a.safetensors")
+    other = make_tiny_vit()
+    with torch.no_grad():
+        other.blocks[1].attn.qkv.weight.add_(0.01)
+    with pytest.raises(
+        ValueError, match=r"a\.safetensors\) was trained on another backbone.*blocks\.1\.attn\.qkv\.weight"
+    ):
+        AdapterBank(other, {"a": tmp_path / "a.safetensors"})
+    with pytest.raises(ValueError, match="task 'b' was trained on another backbone"):
+        AdapterBank(make_tiny_vit(), {"a": trained_vit(), "b": trained(other)})
+
+
+def test_a_task_knows_its_classes(tmp_path):
+    model = trained_vit(2)
+    model.classes = ["wren", "crow"]
+    mosa.save_adapter(model, tmp_path / "a.safetensors")
+    bank = AdapterBank(make_tiny_vit(), {"file": tmp_path / "a.safetensors", "model": model, "without": trained_vit(3)})
+    assert bank.classes("file") == bank.classes("model") == ["wren", "crow"]
+    assert bank.classes("without") is None
+    assert bank.preprocessing("file") is None
+    with pytest.raises(ValueError, match="no task 'cat'"):
+        bank.classes("cat")
+
+
 def test_attention_pooling_that_is_trained_is_refused():
     with pytest.raises(ValueError, match="attention pooling is trained with its task"):
         AdapterBank(make_tiny_vit(global_pool="map", class_token=False))
