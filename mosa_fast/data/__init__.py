@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mosa_fast.config import DataConfig
-from mosa_fast.data.parts import Splits
-from mosa_fast.data.transforms import IMAGENET, Statistics, Transforms, image_transform, squash_transform
+from mosa_fast.data.preprocessing import IMAGENET, Preprocessing, Statistics, cropped, squashed
 from mosa_fast.options import check_choice, check_fields, facts_of
+
+if TYPE_CHECKING:  # the command lines in this package are to start without torch
+    from mosa_fast.data.parts import Splits
+    from mosa_fast.data.transforms import Transforms
 
 
 def load_data(
@@ -52,12 +56,21 @@ def load_data(
     return load_folder(root, transforms, config.val_fraction, seed)
 
 
+def preprocessing_of(config: DataConfig, image_size: int, statistics: Statistics = IMAGENET) -> Preprocessing:
+    """What evaluation does to the images of a data set; the arguments are those of `load_data`."""
+    if config.name == "digits":
+        from mosa_fast.data.digits import STATISTICS
+
+        return squashed(image_size, STATISTICS)
+    return (squashed if config.name == "vtab" else cropped)(image_size, statistics)
+
+
 def make_transforms(config: DataConfig, image_size: int, statistics: Statistics = IMAGENET) -> Transforms:
     """What a family of image files does to its images; the arguments are those of `load_data`."""
-    if config.name == "vtab":
-        squash = squash_transform(image_size, statistics)
-        return Transforms(squash, squash)
-    return Transforms(*(image_transform(image_size, train=train, statistics=statistics) for train in (True, False)))
+    from mosa_fast.data.transforms import Transforms, evaluation_transform, train_transform
+
+    preprocessing = preprocessing_of(config, image_size, statistics)
+    return Transforms(train_transform(preprocessing), evaluation_transform(preprocessing))
 
 
 _WHERE = {

@@ -6,8 +6,9 @@ from PIL import Image
 from mosa_fast.backbones.create import channel_statistics
 from mosa_fast.config import DataConfig, ModelConfig
 from mosa_fast.data import load_data
+from mosa_fast.data.preprocessing import IMAGENET, Statistics, cropped
 from mosa_fast.data.stratify import stratified_split
-from mosa_fast.data.transforms import IMAGENET, Statistics, image_transform
+from mosa_fast.data.transforms import evaluation_transform, train_transform
 
 
 def keys(dataset):
@@ -90,8 +91,8 @@ def test_bad_folders_are_named(folder):
 @pytest.mark.parametrize(("size", "resized"), [(224, 256), (384, 438), (448, 512)])
 def test_transform_gives_the_size_and_imagenet_statistics(size, resized):
     grey = Image.new("RGB", (500, 600), (124, 116, 104))  # the ImageNet mean
-    for train in (True, False):
-        transform = image_transform(size, train=train)
+    for make in (train_transform, evaluation_transform):
+        transform = make(cropped(size))
         out = transform(grey)
         assert out.shape == (3, size, size)
         assert out.abs().max() < 0.02
