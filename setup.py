@@ -63,7 +63,21 @@ setup(
     extras_require={
         "compare": ["peft>=0.17"],  # LoRA as a contender of the benchmarks
         "log": ["tensorboard>=2.17"],  # curves while a run is running; used where it is installed
-        "test": ["hypothesis>=6.100", "pytest>=8", "pytest-benchmark>=5", "pytest-timeout>=2.3"],
+        "onnx": [
+            "onnx>=1.18",
+            "onnxruntime>=1.22",
+            "onnxscript>=0.5",
+        ],  # exporting to ONNX, and comparing what came out
+        "test": [
+            "accelerate>=1.2",  # docs/use.md shows it
+            "hypothesis>=6.100",
+            "onnx>=1.18",
+            "onnxruntime>=1.22",
+            "onnxscript>=0.5",
+            "pytest>=8",
+            "pytest-benchmark>=5",
+            "pytest-timeout>=2.3",
+        ],
         "dev": ["build>=1.2", "mypy>=1.15", "ninja>=1.11", "pre-commit>=4", "ruff>=0.14"],
     },
     classifiers=[

@@ -11,6 +11,14 @@ from timm.models import VisionTransformer
 
 NAME = "embedded"  # what `model.name` calls it
 IMAGE_SIZE = 32
+ARCHITECTURE = "vit_tiny_patch16_224"
+ARGUMENTS: dict[str, Any] = {  # of timm.create_model
+    "img_size": IMAGE_SIZE,
+    "patch_size": 4,
+    "depth": 6,
+    "class_token": False,
+    "global_pool": "avg",
+}
 
 
 def create_embedded(num_classes: int, *, pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
@@ -21,16 +29,7 @@ def create_embedded(num_classes: int, *, pretrained: bool = False, **kwargs: Any
         pretrained: load the shipped weights, made by `mosa_fast.assets.pretrain` on generated drawings.
         kwargs: further arguments of timm's VisionTransformer.
     """
-    model = timm.create_model(
-        "vit_tiny_patch16_224",
-        img_size=IMAGE_SIZE,
-        patch_size=4,
-        depth=6,
-        class_token=False,
-        global_pool="avg",
-        num_classes=num_classes,
-        **kwargs,
-    )
+    model = timm.create_model(ARCHITECTURE, num_classes=num_classes, **ARGUMENTS, **kwargs)
     assert isinstance(model, VisionTransformer)
     if pretrained:
         with as_file(files("mosa_fast") / "assets" / "backbone.safetensors") as path:
