@@ -46,7 +46,7 @@ def create_backbone(config: ModelConfig, num_classes: int, image_size: int | Non
         if image_size not in (None, embedded.IMAGE_SIZE):
             raise ValueError(f"the embedded backbone takes images of {embedded.IMAGE_SIZE} pixels, not {image_size}")
         model = embedded.create_embedded(num_classes, pretrained=from_timm, **arguments)
-        arguments |= embedded.ARGUMENTS
+        arguments |= embedded.SHAPE
     else:
         family(config.name)
         if image_size is not None:

@@ -43,9 +43,8 @@ class Preprocessing:
     interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "resize"):
-            side = getattr(self, name)
-            if (type(side) is not int and not (name == "resize" and side is None)) or (side is not None and side < 1):
+        for name, side in (("image_size", self.image_size), ("resize", self.resize or self.image_size)):
+            if type(side) is not int or side < 1:
                 raise ValueError(f"{name} must be a number of pixels, got {side!r}")
         for name in ("mean", "std"):
             values = getattr(self, name)

@@ -6,10 +6,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import mosa_fast
 from mosa_fast.adapters.fold import fold, merge
 from mosa_fast.adapters.model import AdaptedModel
 from mosa_fast.data.preprocessing import Preprocessing
+from mosa_fast.version import __version__
 
 MARK = "mosa_fast"  # by what an export is known as one
 
@@ -42,7 +42,7 @@ class PlainModel:
         facts = {
             "classes": self.classes,
             "preprocessing": self.preprocessing.to_dict(),
-            MARK: mosa_fast.__version__,
+            MARK: __version__,
         }
         return {name: json.dumps(fact, ensure_ascii=False) for name, fact in facts.items()}
 

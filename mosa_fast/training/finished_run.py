@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mosa_fast.adapters.adapter_file import load_adapter, load_trained_state, save_adapter, trained_state
+from mosa_fast.adapters.metadata import read_metadata
 from mosa_fast.command_line import read_run
 from mosa_fast.config import TrainConfig
 from mosa_fast.data.preprocessing import Preprocessing
@@ -76,6 +77,7 @@ class FinishedRun:
         model: Any = build_model(self.config, len(self.classes))
         store_frozen(model, self.config.precision)
         if METHODS[self.config.method].has_adapters:
+            model.classes = self.classes  # a file of other classes is refused
             return load_adapter(model, self.weights).eval().to(self.device)
         try:
             load_trained_state(model, load_file(self.weights), str(self.weights))
@@ -102,7 +104,10 @@ def open_run(folder: RunFolder, device: str | None = None) -> FinishedRun:
             such device.
     """
     config, classes = read_run(folder)
-    run = FinishedRun(folder, config, classes, preprocessing_of_run(config), pick_device(device or config.device))
-    if not folder.is_finished or not run.weights.is_file():
-        raise ValueError(f"{folder} is not finished (no {run.weights.name} and {folder.summary.name}); resume it first")
-    return run
+    weights = weights_file(folder, config.method)
+    if not folder.is_finished or not weights.is_file():
+        raise ValueError(f"{folder} is not finished (no {weights.name} and {folder.summary.name}); resume it first")
+    # An adapter file says what its images were like, whatever this version would do.
+    in_file = read_metadata(weights).preprocessing if METHODS[config.method].has_adapters else None
+    preprocessing = in_file or preprocessing_of_run(config)
+    return FinishedRun(folder, config, classes, preprocessing, pick_device(device or config.device))
