@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import select
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,14 +106,27 @@ def read_run(folder: RunFolder) -> tuple[TrainConfig, list[str]]:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn what a user can cause into one line and exit code 2."""
+    """Turn what a user can cause into one line and exit code 2; a reader who has seen enough is no error."""
     try:
         yield
+        sys.stdout.flush()
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            leave(128 + signal.SIGPIPE)
         fail(describe(error))
     except KeyboardInterrupt:
         print("stopped before there was anything to save", file=sys.stderr)
         leave(130)
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output leads to a reader who has gone, as `head` does; what is left for it is then dropped."""
+    watch = select.poll()
+    watch.register(sys.stdout, 0)
+    if not any(event & select.POLLERR for _, event in watch.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+    return True
 
 
 def describe(error: Exception) -> str:

@@ -208,14 +208,11 @@ def test_a_signal_gives_the_shells_exit_code_and_resume_goes_on(tmp_path, monkey
     assert "resumed here at step 1 of 3" in capsys.readouterr().out
 
 
-def test_evaluation_and_prediction_refuse_what_does_not_fit_in_one_line(tmp_path, monkeypatch, capsys):
+def test_evaluation_refuses_what_does_not_fit_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert "is not the folder of a run" in fails(capsys, "--run=nowhere", command=evaluate.main)
     main([*TINY, "--out=here"])
     capsys.readouterr()
-    (tmp_path / "bad.png").write_bytes(b"no image")
-    assert "bad.png cannot be read" in fails(capsys, "--run=here", "bad.png", command=predict.main)
-    assert "No such file" in fails(capsys, "--run=here", "none.png", command=predict.main)
     weights = tmp_path / "here" / "adapter.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert "adapter.safetensors cannot be read" in fails(capsys, "--run=here", command=evaluate.main)

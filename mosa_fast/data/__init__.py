@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mosa_fast.config import DataConfig
-from mosa_fast.data.parts import Splits
-from mosa_fast.data.transforms import (
-    IMAGENET,
-    Preprocessing,
-    Statistics,
-    Transforms,
-    cropped,
-    evaluation_transform,
-    squashed,
-    train_transform,
-)
+from mosa_fast.data.preprocessing import IMAGENET, Preprocessing, Statistics, cropped, squashed
 from mosa_fast.options import check_choice, check_fields, facts_of
+
+if TYPE_CHECKING:  # the command lines in this package are to start without torch
+    from mosa_fast.data.parts import Splits
+    from mosa_fast.data.transforms import Transforms
 
 
 def load_data(
@@ -72,6 +67,8 @@ def preprocessing_of(config: DataConfig, image_size: int, statistics: Statistics
 
 def make_transforms(config: DataConfig, image_size: int, statistics: Statistics = IMAGENET) -> Transforms:
     """What a family of image files does to its images; the arguments are those of `load_data`."""
+    from mosa_fast.data.transforms import Transforms, evaluation_transform, train_transform
+
     preprocessing = preprocessing_of(config, image_size, statistics)
     return Transforms(train_transform(preprocessing), evaluation_transform(preprocessing))
 

@@ -18,13 +18,12 @@ from io import BytesIO
 from itertools import combinations
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
-from torch.utils.data import TensorDataset
 
-from mosa_fast.data.images import ImageArrays, ImageFiles
-from mosa_fast.data.parts import Splits
+if TYPE_CHECKING:
+    from mosa_fast.data.parts import Splits
 
 SHOWN = 10  # of each kind of problem
 ROWS_SHOWN = 20  # data sets with at most so many classes get a table of all of them
@@ -67,6 +66,10 @@ def check_splits(splits: Splits) -> tuple[list[str], list[str]]:
 
 def read_part(name: str, dataset: Any) -> Part:
     """Digest and decode every image of a part."""
+    from torch.utils.data import TensorDataset
+
+    from mosa_fast.data.images import ImageArrays, ImageFiles
+
     if isinstance(dataset, ImageFiles):
         names, labels = [path for path, _ in dataset.samples], dataset.targets
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases Python's lock

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch.utils.data import TensorDataset
 
 from mosa_fast.data.parts import Splits
+from mosa_fast.data.preprocessing import Statistics
 from mosa_fast.data.stratify import stratified_split
-from mosa_fast.data.transforms import Statistics
 
 TEST_PER_CLASS = 80
 VAL_PER_CLASS = 20

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from mosa_fast.data.stratify import stratified_split
 from mosa_fast.files import write_atomically
@@ -78,6 +77,8 @@ def find_images(images: Path) -> list[tuple[str, int | str, bool | None]]:
     Raises:
         ValueError: there is no image.
     """
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
     for folder in (images, images.parent):
         if all((folder / name).is_file() for name in BIRD_LISTS):
             listed, labels, is_train = (_pairs(folder / name) for name in BIRD_LISTS)

@@ -6,8 +6,9 @@ from PIL import Image
 from mosa_fast.backbones.create import channel_statistics
 from mosa_fast.config import DataConfig, ModelConfig
 from mosa_fast.data import load_data
+from mosa_fast.data.preprocessing import IMAGENET, Statistics, cropped
 from mosa_fast.data.stratify import stratified_split
-from mosa_fast.data.transforms import IMAGENET, Statistics, cropped, evaluation_transform, train_transform
+from mosa_fast.data.transforms import evaluation_transform, train_transform
 
 
 def keys(dataset):

@@ -6,7 +6,7 @@ from PIL import Image
 
 from mosa_fast.config import DataConfig
 from mosa_fast.data import load_data
-from mosa_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from mosa_fast.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from mosa_fast.data.vtab import GROUPS, TASKS
 
 

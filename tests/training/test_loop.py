@@ -11,7 +11,7 @@ import mosa_fast as mosa
 from mosa_fast.backbones.embedded import create_embedded
 from mosa_fast.config import DataConfig, LossConfig, MoSAConfig, OptimConfig, TrainConfig
 from mosa_fast.data import load_data
-from mosa_fast.data.transforms import Statistics, squashed
+from mosa_fast.data.preprocessing import Statistics, squashed
 from mosa_fast.training.distributed import pick_device
 from mosa_fast.training.loop import train
 
