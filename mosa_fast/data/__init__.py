@@ -34,6 +34,10 @@ def load_data(
     if config.root is None:
         raise ValueError(f"data.root is needed: {_WHERE[config.name]}")
     root = Path(config.root).expanduser()
+    if config.name == "fashion_mnist":
+        from mosa_fast.data.fashion_mnist import load_fashion_mnist
+
+        return load_fashion_mnist(config, image_size, root, seed)
     transforms = make_transforms(config, image_size, statistics)
     if config.name == "vtab":
         from mosa_fast.data.vtab import load_vtab
@@ -64,6 +68,7 @@ _WHERE = {
     "folder": "the folder that holds train, val and test",
     "fgvc": "the folder that holds train.json, val.json, test.json and the images (multitask: the folders FGVC-<set>)",
     "vtab": "the folder that holds one folder for each task",
+    "fashion_mnist": "the folder of the four idx files, or the one that torchvision downloads them to",
     "gicd": "the folder that torchvision keeps the data set in, or downloads it to with --data.download true",
 }
 
@@ -75,7 +80,7 @@ def class_count(config: DataConfig) -> int:
         ValueError: there is no such data set.
     """
     _check_family(config)
-    if config.name == "digits":
+    if config.name in ("digits", "fashion_mnist"):
         return 10
     if config.task is not None:
         return tasks(config.name)[config.task]
