@@ -159,6 +159,86 @@ def test_several_values_of_options_go_together_in_one_table(tmp_path, trainings,
             parse_variants([items])
 
 
+def test_a_search_may_be_the_mean_over_seeds_which_the_adapters_get_too(tmp_path, trainings):
+    rows = make_rows(find_recipes(["digits"]))
+    seeds = {"search_seeds": [7, 8], "seed_options": ["seed", "adapter.seed"]}
+    sweep(rows, [1], parse_grid(["optim.lr=1e-3,5e-3"]), tmp_path, **seeds)
+    assert [(call["optim.lr"], call["seed"]) for call in trainings] == [
+        ("1e-3", "7"),
+        ("1e-3", "8"),
+        ("5e-3", "7"),
+        ("5e-3", "8"),
+        ("5e-3", "1"),
+    ]
+    assert all(call["adapter.seed"] == call["seed"] for call in trainings)
+
+
+def test_a_point_that_failed_with_one_seed_is_not_chosen(tmp_path, trainings, monkeypatch):
+    train = sweep_runs.subprocess.run
+
+    def fails_once(words):
+        if "--optim.lr=5e-3" in words and "--seed=8" in words:
+            return type("Done", (), {"returncode": 2})
+        return train(words)
+
+    monkeypatch.setattr(sweep_runs.subprocess, "run", fails_once)
+    grid = parse_grid(["optim.lr=1e-3,5e-3"])
+    results = sweep(make_rows(find_recipes(["digits"])), [1], grid, tmp_path, search_seeds=[7, 8])
+    assert trainings[-1]["optim.lr"] == "1e-3"
+    assert results.failed == [str(tmp_path / "search" / "configs" / "digits" / "optim.lr=5e-3" / "seed8")]
+
+
+def test_uphill_trains_only_what_lies_on_the_way_to_the_summit(tmp_path, trainings, command):
+    grid = ["--grid", "optim.lr=1e-3,2e-3,3e-3,4e-3,5e-3,6e-3,7e-3", "loss.reg_weight=1,2,3"]
+    code, out, _ = command(main, "--configs", "digits", "--out", tmp_path, "--search", "uphill", *grid)
+    assert code == 0
+    searched = [(call["optim.lr"], call["loss.reg_weight"]) for call in trainings[:-1]]
+    assert searched[:5] == [("4e-3", "2"), ("3e-3", "2"), ("5e-3", "2"), ("4e-3", "1"), ("4e-3", "3")]
+    # Around the better neighbour; then, since all weights tie and the smallest counts, around that.
+    assert searched[5:] == [("6e-3", "2"), ("5e-3", "1"), ("5e-3", "3"), ("6e-3", "1")]
+    assert (trainings[-1]["optim.lr"], trainings[-1]["loss.reg_weight"]) == ("5e-3", "1")
+    assert "is best on validation, 90.00 % (at the edge of the grid: loss.reg_weight)" in out
+
+
+def test_an_idle_process_takes_a_run_of_the_next_row(tmp_path, trainings, monkeypatch, command):
+    both, train = threading.Barrier(2, timeout=20), sweep_runs.subprocess.run
+
+    def wait_for_another(words):
+        both.wait()  # broken, unless two are there at once
+        return train(words)
+
+    monkeypatch.setattr(sweep_runs.subprocess, "run", wait_for_another)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    code, _, _ = command(main, "--configs", "digits/linear", "digits/full", "--out", tmp_path, "--processes", 2)
+    assert code == 0
+
+
+def test_every_finished_run_is_one_line_of_the_records(tmp_path, trainings, command):
+    records = tmp_path / "records.jsonl"
+    arguments = ["--configs", "digits", "--out", tmp_path / "a", "--grid", "optim.lr=1e-3,5", "--records", records]
+    for _ in range(2):  # what is done is not written again
+        command(main, *arguments, "--seeds", "1,2", "--data.shots=9")
+    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    own = {"recipe": "configs/digits", "options": ["--data.shots=9", "--optim.lr=1e-3"], "commit": "abc"}
+    assert lines == [
+        own | {"seed": None, "search": True, "val_accuracy": 86.0},
+        own | {"seed": 1, "search": False, "val_accuracy": 86.0, "test_accuracy": 81.0},
+        own | {"seed": 2, "search": False, "val_accuracy": 86.0, "test_accuracy": 82.0},
+    ]
+    records.write_text("".join(json.dumps(line) + "\n" for line in lines[:2]))
+    command(main, *arguments, "--seeds", "1,2", "--data.shots=9")
+    assert [json.loads(line) for line in records.read_text().splitlines()] == lines  # one that was lost is back
+
+
+def test_a_record_has_the_commit_that_its_run_was_made_by(tmp_path, trainings, monkeypatch):
+    rows = make_rows(find_recipes(["digits"]))
+    sweep(rows, [1], {}, tmp_path)
+    monkeypatch.setattr(sweep_runs, "commit", lambda: "def")
+    sweep(rows, [1, 2], {}, tmp_path, records=tmp_path / "records.jsonl")
+    lines = (tmp_path / "records.jsonl").read_text().splitlines()
+    assert [json.loads(line)["commit"] for line in lines] == ["abc", "def"]
+
+
 def test_seeds_are_a_number_or_a_list():
     assert (parse_seeds("3"), parse_seeds("3,1"), parse_seeds("7,")) == (3, [3, 1], [7])
     with pytest.raises(ValueError, match="--seeds must be a number of seeds, or seeds as in 1,2,3; got 'x'"):

@@ -17,29 +17,30 @@ from torchvision.datasets import FashionMNIST
 
 from mosa_fast.config import DataConfig
 from mosa_fast.data.grey import as_images, take_per_class
-from mosa_fast.data.parts import Splits
+from mosa_fast.data.parts import Splits, Wanted
 
+CLASSES = 10
 VAL_PER_CLASS = 200
 MAX_SHOTS = 5800  # what every class has left
 MAX_INK = 255
 PARTS = {"train": "train", "test": "t10k"}  # as the files call them
 
 
-def load_fashion_mnist(config: DataConfig, image_size: int, root: Path, seed: int) -> Splits:
+def load_fashion_mnist(config: DataConfig, wanted: Wanted) -> Splits:
     """Few training images a class, 2,000 validation images, and the 10,000 test images, scaled to [-1, 1].
 
     Args:
         config: the data section: `shots` training images per class (None: all that validation leaves); `download` lets
             torchvision fetch the files.
-        image_size: side of the images in pixels.
-        root: folder of the four idx files, gzipped or not, or the one in which torchvision makes FashionMNIST/raw.
-        seed: draws training and validation images; the test images never change.
+        wanted: its root is the folder of the four idx files, gzipped or not, or the one in which torchvision makes
+            FashionMNIST/raw; its seed draws training and validation images.
 
     Raises:
         ValueError: the files are missing or damaged, or there are not so many images per class.
     """
     if config.shots is not None and config.shots > MAX_SHOTS:
         raise ValueError(f"data.shots must be 1 to {MAX_SHOTS} for fashion_mnist, got {config.shots}")
+    root, seed = wanted.root, wanted.seed
     if config.download:
         try:
             FashionMNIST(root, download=True)
@@ -52,7 +53,7 @@ def load_fashion_mnist(config: DataConfig, image_size: int, root: Path, seed: in
         train, _ = take_per_class(train, labels, config.shots, seed)
 
     def part(pixels: Tensor, targets: Tensor) -> TensorDataset:
-        return TensorDataset(as_images(pixels / MAX_INK, image_size), targets)
+        return TensorDataset(as_images(pixels / MAX_INK, wanted.image_size), targets)
 
     return Splits(
         part(pixels[train], targets[train]),

@@ -1,20 +1,11 @@
-import gzip
 import json
 
-import numpy as np
 import torch
 
 from benchmarks import probe
 from mosa_fast.backbones.embedded import IMAGE_SIZE
 
 ASSETS_README = probe.Path(probe.__file__).parents[1] / "mosa_fast" / "assets" / "README.md"
-
-
-def test_idx_files_are_read(tmp_path):
-    array = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
-    header = bytes([0, 0, 8, 3]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
-    (tmp_path / "array.gz").write_bytes(gzip.compress(header + array.tobytes()))
-    assert torch.equal(probe.read_idx(tmp_path / "array.gz"), torch.from_numpy(array))
 
 
 def test_the_digits_are_cut_into_a_pool_and_a_test_that_never_changes():
