@@ -26,7 +26,8 @@ LAYERS = (
     "adapters",  # layers into timm models
     "mosa_fast",  # the package's own __init__: what users import
     "training formats",
-    "train evaluate predict export sweep sweep_table info assets.pretrain assets.drawings",  # command lines
+    # command lines
+    "train evaluate predict export sweep sweep_runs sweep_search sweep_table info assets.pretrain assets.drawings",
 )
 
 

@@ -24,7 +24,7 @@ from mosa_fast.adapters.fold import merge
 from mosa_fast.adapters.linears import LoRALinear
 from mosa_fast.adapters.metadata import Metadata
 from mosa_fast.adapters.model import AdaptedBlock, AdaptedModel, adapters
-from mosa_fast.adapters.placements import QKVO, placement_of
+from mosa_fast.adapters.placements import PLACEMENTS, QKVO
 from mosa_fast.adapters.seams import call_qkv_as_module, carries_samples, find_blocks
 from mosa_fast.adapters.wrapper import Wrapper, unwrapped
 from mosa_fast.backbones.heads import classifiers, heads
@@ -263,7 +263,7 @@ def _stacked(block: nn.Module, like: AdaptedBlock) -> AdaptedBlock:
             if isinstance(linear, LoRALinear):
                 block.set_submodule(path, LoRALinear(block.get_submodule(path), LoRAStack()))
     else:
-        names = placement_of(like.placement).adapters
+        names = PLACEMENTS[like.placement].adapters
         layers = {name: AdapterStack(adapter) for name, adapter in zip(names, like.adapters(), strict=True)}
     return AdaptedBlock(block, like.placement, layers).eval()
 

@@ -6,25 +6,26 @@ from pathlib import Path
 
 from torchvision.datasets import ImageFolder
 
+from mosa_fast.config import DataConfig
 from mosa_fast.data.images import ImageFiles
-from mosa_fast.data.parts import Splits
+from mosa_fast.data.parts import Splits, Wanted
 from mosa_fast.data.stratify import stratified_split
-from mosa_fast.data.transforms import Transforms
 
 
-def load_folder(root: Path, transforms: Transforms, val_fraction: float, seed: int) -> Splits:
-    """Read the three folders; a missing val is cut from train, class by class.
+def load_folder(config: DataConfig, wanted: Wanted) -> Splits:
+    """Read the three folders of the root; a missing val is cut from train, class by class.
 
     Raises:
         ValueError: a folder is missing or empty, or the classes of the parts differ.
     """
+    root, transforms = wanted.root, wanted.transforms
     train, test = _read(root, "train"), _read(root, "test")
     if (root / "val").is_dir():
         val = _read(root, "val")
         _check_classes("val", val, train)
         kept, held_out = train.samples, val.samples
     else:
-        first, second = stratified_split(train.targets, val_fraction, seed)
+        first, second = stratified_split(train.targets, config.val_fraction, wanted.seed)
         held_out, kept = ([train.samples[index] for index in indices] for indices in (first, second))
         if not held_out:
             raise ValueError(f"{root / 'train'} has too few images to cut a validation part from: add a folder val")
