@@ -6,7 +6,14 @@ from pathlib import Path
 
 from mosa_fast.config import DataConfig
 from mosa_fast.data.parts import Splits
-from mosa_fast.data.transforms import IMAGENET, Statistics, Transforms, image_transform, squash_transform
+from mosa_fast.data.transforms import (
+    IMAGENET,
+    Statistics,
+    Transforms,
+    image_transform,
+    squash_transform,
+    training_transform,
+)
 from mosa_fast.options import check_choice, check_fields, facts_of
 
 
@@ -31,10 +38,14 @@ def load_data(
         from mosa_fast.data.digits import load_digits
 
         return load_digits(config.shots, image_size, seed)
-    if config.root is None:
-        raise ValueError(f"data.root is needed: {_WHERE[config.name]}")
-    root = Path(config.root).expanduser()
     transforms = make_transforms(config, image_size, statistics)
+    if config.name == "timm":
+        from mosa_fast.data.timm_sets import load_timm
+
+        return load_timm(config, transforms, _root(config), seed)
+    root = _root(config)
+    if root is None:
+        raise ValueError(f"data.root is needed: {_WHERE[config.name]}")
     if config.name == "vtab":
         from mosa_fast.data.vtab import load_vtab
 
@@ -57,7 +68,8 @@ def make_transforms(config: DataConfig, image_size: int, statistics: Statistics 
     if config.name == "vtab":
         squash = squash_transform(image_size, statistics)
         return Transforms(squash, squash)
-    return Transforms(*(image_transform(image_size, train=train, statistics=statistics) for train in (True, False)))
+    evaluate = image_transform(image_size, statistics)
+    return Transforms(training_transform(config, image_size, statistics), evaluate)
 
 
 _WHERE = {
@@ -77,12 +89,16 @@ def class_count(config: DataConfig) -> int:
     _check_family(config)
     if config.name == "digits":
         return 10
+    if config.name == "timm":
+        from mosa_fast.data.timm_sets import count_classes
+
+        return count_classes(config, _root(config))
     if config.task is not None:
         return tasks(config.name)[config.task]
-    train = Path(config.root or "").expanduser() / "train"
-    if config.root is None or not train.is_dir():
+    root = _root(config)
+    if root is None or not (root / "train").is_dir():
         raise ValueError(f"data.root is needed: {_WHERE[config.name]}")
-    return sum(entry.is_dir() for entry in train.iterdir())
+    return sum(entry.is_dir() for entry in (root / "train").iterdir())
 
 
 def tasks(family: str) -> dict[str, int]:
@@ -100,6 +116,10 @@ def tasks(family: str) -> dict[str, int]:
 
         return TASKS
     return {}
+
+
+def _root(config: DataConfig) -> Path | None:
+    return None if config.root is None else Path(config.root).expanduser()
 
 
 def _check_family(config: DataConfig) -> None:

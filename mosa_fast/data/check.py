@@ -68,9 +68,9 @@ def check_splits(splits: Splits) -> tuple[list[str], list[str]]:
 def read_part(name: str, dataset: Any) -> Part:
     """Digest and decode every image of a part."""
     if isinstance(dataset, ImageFiles):
-        names, labels = [dataset.name(index) for index in range(len(dataset))], dataset.targets
+        keys, labels = [key for key, _ in dataset.samples], dataset.targets
+        names = [key if isinstance(key, str) else f"image {key} of {name}" for key in keys]
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases Python's lock
-            keys = (key for key, _ in dataset.samples)
             outcomes = list(pool.map(lambda key, name: _read(key, name, dataset.loader), keys, names))
         return Part(name, names, labels, [digest for digest, _ in outcomes], [error for _, error in outcomes])
     if isinstance(dataset, ImageArrays):
