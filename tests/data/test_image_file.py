@@ -27,9 +27,9 @@ def test_sixteen_bit_grey_keeps_its_range(tmp_path, suffix):
     path = tmp_path / f"wide.{suffix}"
     Image.fromarray(wide[..., 0]).save(path)
     np.testing.assert_array_equal(pixels(read_image(path)), wide // 257)
-    almost = np.minimum(wide[..., 0] + 128, 65535).astype(np.uint16)  # rounds to the same eight bits
-    Image.fromarray(almost).save(path)
-    np.testing.assert_array_equal(pixels(read_image(path)), wide // 257)
+    for step, more in ((128, 0), (129, 1)):  # rounded to the nearest of eight bits
+        Image.fromarray(np.minimum(wide[..., 0].astype(np.int64) + step, 65535).astype(np.uint16)).save(path)
+        np.testing.assert_array_equal(pixels(read_image(path)), np.minimum(wide // 257 + more, 255))
 
 
 def test_numbers_of_unknown_range_are_refused(tmp_path):

@@ -149,6 +149,15 @@ def test_webdatasets_shards_are_read_whole_and_trained_on_in_any_order(tmp_path)
         load("wds/", root / "nowhere")
 
 
+def test_every_process_has_all_of_a_webdataset(tmp_path, monkeypatch):
+    pytest.importorskip("webdataset")
+    root = write_shards(tmp_path / "shards", {"train": 6, "test": 4})
+    alone = load("wds/", root)
+    for name, value in (("is_initialized", True), ("get_rank", 1), ("get_world_size", 2)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    assert load("wds/", root).train_labels == alone.train_labels
+
+
 def test_a_damaged_shard_is_not_passed_over(tmp_path):
     pytest.importorskip("webdataset")
     root = write_shards(tmp_path / "shards", {"train": 6, "test": 4})
