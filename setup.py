@@ -34,7 +34,7 @@ def cuda_extension() -> dict:
 setup(
     **cuda_extension(),
     name="mosa_fast",
-    version=re.search(r'__version__ = "(.+)"', (HERE / "mosa_fast/__init__.py").read_text()).group(1),
+    version=re.search(r'__version__ = "(.+)"', (HERE / "mosa_fast/version.py").read_text()).group(1),
     description="Mixture of Sparse Adapters (MoSA) for vision transformers, fused and fast",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -13,16 +13,25 @@ from safetensors import SafetensorError
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a temporary file beside `path`, force it to the disk, and rename it to `path`.
 
+    The file has the permissions of any new file of this process. A symbolic link stays one: its target is written.
+
     Raises:
+        ValueError: there is something at `path` that is not a regular file, as a folder, a pipe or a device.
         OSError: it cannot be written, as on a full disk; the file that was there is still there.
     """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a regular file, and is not written over")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        permissions = temporary.stat().st_mode
         try:
             write(temporary)
         except SafetensorError as error:
             raise OSError(errno.EIO, str(error), str(path)) from None
+        temporary.chmod(permissions)  # safetensors puts a file of its own there, which only its owner can read
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-
-from torch import Tensor
 
 from mosa_fast.command_line import one_line_errors, read_run
 from mosa_fast.config import TrainConfig
@@ -41,12 +38,14 @@ def predict(
     from PIL import Image
 
     from mosa_fast.data.loading import UNREADABLE
+    from mosa_fast.data.transforms import evaluation_transform
     from mosa_fast.training.distributed import pick_device
     from mosa_fast.training.finished_run import load_run_model
     from mosa_fast.training.precision import autocast, input_dtype
+    from mosa_fast.training.run_data import preprocessing_of_run
 
     device = pick_device(config.device)
-    transform = evaluation_transform(config)
+    transform = evaluation_transform(preprocessing_of_run(config))
     model = load_run_model(folder, config, classes).to(device)
     results = []
     for path in images:
@@ -61,28 +60,6 @@ def predict(
         ranking = zip(best.values.tolist(), best.indices.tolist(), strict=True)
         results.append((path, [(classes[label], probability) for probability, label in ranking]))
     return results
-
-
-def evaluation_transform(config: TrainConfig) -> Callable[..., Tensor]:
-    """PIL image to what the run's evaluation gave its model, `[3, H, W]`."""
-    import torch
-    from torchvision.transforms import InterpolationMode, v2
-
-    from mosa_fast.data import make_transforms
-    from mosa_fast.training.run_data import channel_statistics_of
-
-    size = config.data.image_size
-    assert size is not None
-    if config.data.name != "digits":
-        return make_transforms(config.data, size, channel_statistics_of(config)).evaluate
-    # The embedded digits: light ink on a dark ground, in [-1, 1].
-    steps = [
-        v2.ToImage(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Resize((size, size), interpolation=InterpolationMode.BILINEAR, antialias=False),
-        v2.Normalize([0.5], [0.5]),
-    ]
-    return v2.Compose(steps)
 
 
 if __name__ == "__main__":

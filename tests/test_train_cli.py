@@ -13,7 +13,9 @@ from PIL import Image
 
 from mosa_fast import evaluate, predict
 from mosa_fast.config import DataConfig, TrainConfig
+from mosa_fast.data.transforms import evaluation_transform
 from mosa_fast.train import main
+from mosa_fast.training.run_data import preprocessing_of_run
 from mosa_fast.training.step import TrainStep
 
 FAST = ["--optim.epochs=1", "--data.shots=1", "--optim.batch_size=10", "--eval_every=1"]
@@ -79,12 +81,11 @@ def test_a_folder_of_images_is_trained_on_evaluated_again_and_predicted_by_name(
 
 def test_prediction_of_digits_sees_what_training_saw(tmp_path):
     """A digit saved as an image and read back is the data set's tensor, up to the eight bits of a pixel."""
-    from mosa_fast.config import DataConfig, TrainConfig
     from mosa_fast.data import load_data
 
     expected = load_data(DataConfig(shots=1), 32, 3407).test.tensors[0][0]
     small = torch.nn.functional.interpolate(expected[None], size=(8, 8), mode="bilinear")[0]
-    transform = predict.evaluation_transform(TrainConfig(data=DataConfig(image_size=32)))
+    transform = evaluation_transform(preprocessing_of_run(TrainConfig(data=DataConfig(image_size=32))))
     image = Image.fromarray(((small + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
     assert transform(image).shape == (3, 32, 32)
     assert transform(image).mean().item() == pytest.approx(expected.mean().item(), abs=0.05)
@@ -241,7 +242,7 @@ def test_prediction_transforms_as_the_data_set_of_the_run_does():
     """VTAB-1k squashes images and crops nothing; normalisation may be the backbone's own."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 64, 3), dtype=np.uint8))
     data = DataConfig(name="vtab", image_size=32, normalisation="backbone")
-    out = predict.evaluation_transform(TrainConfig(data=data))(image)
+    out = evaluation_transform(preprocessing_of_run(TrainConfig(data=data)))(image)
     squashed = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR), dtype=np.float32) / 255
     # The embedded backbone's statistics are 0.5 and 0.5.
     assert np.abs(out.permute(1, 2, 0).numpy() - (squashed * 2 - 1)).max() < 0.05

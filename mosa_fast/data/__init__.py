@@ -8,11 +8,13 @@ from mosa_fast.config import DataConfig
 from mosa_fast.data.parts import Splits
 from mosa_fast.data.transforms import (
     IMAGENET,
+    Preprocessing,
     Statistics,
     Transforms,
-    image_transform,
-    squash_transform,
-    training_transform,
+    cropped,
+    evaluation_transform,
+    squashed,
+    train_transform,
 )
 from mosa_fast.options import check_choice, check_fields, facts_of
 
@@ -63,13 +65,19 @@ def load_data(
     return load_folder(root, transforms, config.val_fraction, seed)
 
 
+def preprocessing_of(config: DataConfig, image_size: int, statistics: Statistics = IMAGENET) -> Preprocessing:
+    """What evaluation does to the images of a data set; the arguments are those of `load_data`."""
+    if config.name == "digits":
+        from mosa_fast.data.digits import STATISTICS
+
+        return squashed(image_size, STATISTICS)
+    return (squashed if config.name == "vtab" else cropped)(image_size, statistics)
+
+
 def make_transforms(config: DataConfig, image_size: int, statistics: Statistics = IMAGENET) -> Transforms:
     """What a family of image files does to its images; the arguments are those of `load_data`."""
-    if config.name == "vtab":
-        squash = squash_transform(image_size, statistics)
-        return Transforms(squash, squash)
-    evaluate = image_transform(image_size, statistics)
-    return Transforms(training_transform(config, image_size, statistics), evaluate)
+    preprocessing = preprocessing_of(config, image_size, statistics)
+    return Transforms(train_transform(preprocessing, config), evaluation_transform(preprocessing))
 
 
 _WHERE = {

@@ -15,11 +15,13 @@ from torch.utils.data import TensorDataset
 
 from mosa_fast.data.parts import Splits
 from mosa_fast.data.stratify import stratified_split
+from mosa_fast.data.transforms import Statistics
 
 TEST_PER_CLASS = 80
 VAL_PER_CLASS = 20
 MAX_SHOTS = 74  # what the smallest class has left
 MAX_INK = 16
+STATISTICS = Statistics((0.5,) * 3, (0.5,) * 3)  # light ink on a dark ground, in [-1, 1]
 TEST_SEED = 0  # the test images are the same in every run
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torchvision.transforms import InterpolationMode, v2
@@ -25,11 +25,46 @@ class Statistics(NamedTuple):
 IMAGENET = Statistics()
 
 
-class Transforms(NamedTuple):
-    """What training and evaluation do to an image."""
+@dataclass(frozen=True)
+class Preprocessing:
+    """What evaluation does to an RGB image before the model sees it; `evaluation_transform` does it.
 
-    train: v2.Compose
-    evaluate: v2.Compose
+    Attributes:
+        image_size: side in pixels of what the model is given.
+        resize: what the shorter side is resized to, before the centre is cut out. None: both sides are resized to
+            image_size, and nothing is cut off.
+        mean, std: of the channels, of pixels in [0, 1].
+        interpolation: of the resizing, as torchvision's InterpolationMode calls it.
+
+    Raises:
+        ValueError: a value is of another type or out of range; the message names it.
+    """
+
+    image_size: int
+    resize: int | None
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    interpolation: str = InterpolationMode.BILINEAR.value
+
+    def __post_init__(self) -> None:
+        for name, side in (("image_size", self.image_size), ("resize", self.resize or self.image_size)):
+            if type(side) is not int or side < 1:
+                raise ValueError(f"{name} must be a number of pixels, got {side!r}")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if (
+                not isinstance(values, (list, tuple))
+                or len(values) != 3
+                or not {type(v) for v in values} <= {int, float}
+            ):
+                raise ValueError(f"{name} must be three numbers, got {values!r}")
+            object.__setattr__(self, name, tuple(map(float, values)))  # a list, where it comes from JSON
+        if self.interpolation not in [mode.value for mode in InterpolationMode]:
+            raise ValueError(f"interpolation must be one that torchvision knows, got {self.interpolation!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as JSON can hold them; `Preprocessing(**fields)` is the inverse."""
+        return asdict(self)
 
 
 AUGMENTATIONS = {
@@ -40,39 +75,57 @@ AUGMENTATIONS = {
 }
 
 
-def image_transform(image_size: int, statistics: Statistics = IMAGENET) -> v2.Compose:
-    """Image to float32 `[3, image_size, image_size]`, normalised, for evaluation.
+class Transforms(NamedTuple):
+    """What training and evaluation do to an image."""
 
-    The shorter side is resized to 8/7 of the size (bilinear), then the centre is cropped.
+    train: v2.Compose
+    evaluate: v2.Compose
+
+
+def cropped(image_size: int, statistics: Statistics = IMAGENET) -> Preprocessing:
+    """Resize the shorter side to 8/7 of the size, and cut out the centre."""
+    return Preprocessing(image_size, int(image_size * RESIZE_RATIO), *statistics)
+
+
+def squashed(image_size: int, statistics: Statistics = IMAGENET) -> Preprocessing:
+    """Resize both sides (VTAB-1k, digits)."""
+    return Preprocessing(image_size, None, *statistics)
+
+
+def evaluation_transform(preprocessing: Preprocessing) -> v2.Compose:
+    """PIL image to float32 `[3, image_size, image_size]`."""
+    return _compose(preprocessing, [v2.CenterCrop(preprocessing.image_size)])
+
+
+def train_transform(preprocessing: Preprocessing, config: DataConfig) -> v2.Compose:
+    """The same for training: a random crop, and a flip; nothing random where evaluation cuts nothing off.
+
+    What `crop_scale`, `augment` and `random_erasing` of the data section change is off by default. All of it draws
+    from torch, never from Python or numpy.
     """
-    return _compose([_resize(image_size), v2.CenterCrop(image_size)], statistics)
-
-
-def training_transform(config: DataConfig, image_size: int, statistics: Statistics = IMAGENET) -> v2.Compose:
-    """Image to float32 `[3, image_size, image_size]`, normalised, for training.
-
-    Resized as for evaluation, then a random crop and flip; what `crop_scale`, `augment` and `random_erasing` of the
-    data section change is off by default. All of it draws from torch, never from Python or numpy.
-    """
-    crop: list[torch.nn.Module] = [_resize(image_size), v2.RandomCrop(image_size)]
-    if config.crop_scale is not None:
-        crop = [v2.RandomResizedCrop(image_size, (config.crop_scale, 1.0))]
+    size = preprocessing.image_size
     augment = [] if config.augment == "none" else [AUGMENTATIONS[config.augment]()]
     erase = [v2.RandomErasing(config.random_erasing)] if config.random_erasing else []
-    return _compose([*crop, v2.RandomHorizontalFlip(), *augment], statistics, erase)
+    changes = [v2.RandomHorizontalFlip(), *augment]
+    if config.crop_scale is not None:
+        crop = v2.RandomResizedCrop(size, (config.crop_scale, 1.0), interpolation=_interpolation(preprocessing))
+        return v2.Compose([v2.RGB(), crop, *changes, *_tensor(preprocessing), *erase])
+    return v2.Compose([*_compose(preprocessing, [v2.RandomCrop(size), *changes]).transforms, *erase])
 
 
-def squash_transform(image_size: int, statistics: Statistics = IMAGENET) -> v2.Compose:
-    """Image to float32 `[3, image_size, image_size]`: both sides resized (bilinear), no augmentation (VTAB-1k)."""
-    return _compose([v2.Resize((image_size, image_size), InterpolationMode.BILINEAR)], statistics)
+def _compose(preprocessing: Preprocessing, crop: list[torch.nn.Module]) -> v2.Compose:
+    size, interpolation = preprocessing.image_size, _interpolation(preprocessing)
+    if preprocessing.resize is None:
+        geometry: list[torch.nn.Module] = [v2.Resize((size, size), interpolation)]
+    else:
+        geometry = [v2.Resize(preprocessing.resize, interpolation), *crop]
+    return v2.Compose([v2.RGB(), *geometry, *_tensor(preprocessing)])
 
 
-def _resize(image_size: int) -> torch.nn.Module:
-    return v2.Resize(int(image_size * RESIZE_RATIO), InterpolationMode.BILINEAR)
+def _interpolation(preprocessing: Preprocessing) -> InterpolationMode:
+    return InterpolationMode(preprocessing.interpolation)
 
 
-def _compose(
-    geometry: Sequence[torch.nn.Module], statistics: Statistics, last: Sequence[torch.nn.Module] = ()
-) -> v2.Compose:
-    tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*map(list, statistics))]
-    return v2.Compose([v2.RGB(), *geometry, *tensor, *last])
+def _tensor(preprocessing: Preprocessing) -> list[torch.nn.Module]:
+    normalise = v2.Normalize(list(preprocessing.mean), list(preprocessing.std))
+    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), normalise]

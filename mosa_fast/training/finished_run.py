@@ -45,6 +45,7 @@ def load_run_model(folder: RunFolder, config: TrainConfig, classes: list[str]) -
     model: Any = build_model(config, len(classes))
     store_frozen(model, config.precision)
     if METHODS[config.method].has_adapters:
+        model.classes = classes  # a file of other classes is refused
         return load_adapter(model, weights).eval()
     try:
         load_trained_state(model, load_file(weights), str(weights))

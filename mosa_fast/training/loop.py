@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mosa_fast.adapters.adapter_file import load_trained_state
+from mosa_fast.adapters.metadata import versions
 from mosa_fast.backbones.create import input_size
 from mosa_fast.backbones.frozen import set_training
 from mosa_fast.config import TrainConfig
@@ -26,8 +27,8 @@ from mosa_fast.training.model import build_model, check_model, count_trained
 from mosa_fast.training.optim import make_optimizer, make_schedule
 from mosa_fast.training.position import Position
 from mosa_fast.training.precision import store_frozen
-from mosa_fast.training.report import MetricsLog, closing_table, plot_curves, versions
-from mosa_fast.training.run_data import load_run_data
+from mosa_fast.training.report import MetricsLog, closing_table, plot_curves
+from mosa_fast.training.run_data import load_run_data, preprocessing_of_run
 from mosa_fast.training.selection import Selection
 from mosa_fast.training.signals import Interrupted, StopAsked, StopSignals
 from mosa_fast.training.step import GraphedStep, Objective, TrainStep
@@ -83,6 +84,8 @@ def train(config: TrainConfig, *, progress: bool = True, resume: bool = False) -
 
         # Set-up: model, loss, optimizer and the step that joins them.
         model = build_model(config, len(splits.classes))
+        if method.has_adapters:  # so that the adapter file is enough to use them
+            model.classes, model.preprocessing = splits.classes, preprocessing_of_run(config)
         store_frozen(model, config.precision)
         set_training(model.to(device), True)
         weights = class_weights(splits.train_labels, len(splits.classes), config.loss.class_weights)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +45,6 @@ class MetricsLog:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self.rows = state["rows"]
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that the numbers depend on."""
-    import timm
-    import torch
-
-    from mosa_fast import __version__
-
-    return {
-        "mosa_fast": __version__,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def plot_curves(path: Path, rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from mosa_fast.backbones.create import channel_statistics
 from mosa_fast.config import DataConfig, ModelConfig
 from mosa_fast.data import load_data
 from mosa_fast.data.stratify import stratified_split
-from mosa_fast.data.transforms import IMAGENET, Statistics, image_transform, training_transform
+from mosa_fast.data.transforms import IMAGENET, Statistics, cropped, evaluation_transform, train_transform
 
 
 def keys(dataset):
@@ -92,7 +92,7 @@ def test_bad_folders_are_named(folder):
 @pytest.mark.parametrize(("size", "resized"), [(224, 256), (384, 438), (448, 512)])
 def test_transform_gives_the_size_and_imagenet_statistics(size, resized):
     grey = Image.new("RGB", (500, 600), (124, 116, 104))  # the ImageNet mean
-    for transform in (image_transform(size), training_transform(DataConfig(), size)):
+    for transform in (train_transform(cropped(size), DataConfig()), evaluation_transform(cropped(size))):
         out = transform(grey)
         assert out.shape == (3, size, size)
         assert out.abs().max() < 0.02

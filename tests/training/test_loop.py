@@ -11,6 +11,7 @@ import mosa_fast as mosa
 from mosa_fast.backbones.embedded import create_embedded
 from mosa_fast.config import DataConfig, LossConfig, MoSAConfig, OptimConfig, TrainConfig
 from mosa_fast.data import load_data
+from mosa_fast.data.transforms import Statistics, squashed
 from mosa_fast.training.distributed import pick_device
 from mosa_fast.training.loop import train
 
@@ -41,6 +42,8 @@ def test_a_run_leaves_everything_it_promises_and_the_numbers_agree(finished):
     assert json.loads((out / "summary.json").read_text())["test_accuracy"] == summary["test_accuracy"]
     # The file alone, on a fresh backbone, gives the reported number.
     model = mosa.load_adapter(create_embedded(10, pretrained=True), out / "adapter.safetensors").eval()
+    assert model.classes == [str(digit) for digit in range(10)]
+    assert model.preprocessing == squashed(32, Statistics((0.5,) * 3, (0.5,) * 3))
     images, labels = load_data(DataConfig(shots=2), 32, 3407).test.tensors
     with torch.no_grad():
         accuracy = (model(images).argmax(1) == labels).double().mean() * 100
