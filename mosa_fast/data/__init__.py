@@ -42,6 +42,7 @@ FAMILIES = {
     ),
     "vtab": Family("the folder that holds one folder for each task", squash=True),
     "gicd": Family("the folder that torchvision keeps the data set in, or downloads it to with --data.download true"),
+    "timm": Family(None),  # it depends on the task
 }
 
 
@@ -80,7 +81,7 @@ def make_transforms(config: DataConfig, image_size: int, statistics: Statistics 
     from mosa_fast.data.transforms import Transforms, evaluation_transform, train_transform
 
     preprocessing = preprocessing_of(config, image_size, statistics)
-    return Transforms(train_transform(preprocessing), evaluation_transform(preprocessing))
+    return Transforms(train_transform(preprocessing, config), evaluation_transform(preprocessing))
 
 
 def class_count(config: DataConfig) -> int:
@@ -90,6 +91,9 @@ def class_count(config: DataConfig) -> int:
         ValueError: there is no such data set.
     """
     _check_family(config)
+    count = getattr(_module(config.name), "count_classes", None)
+    if count is not None:
+        return count(config)
     if config.task is not None:
         return tasks(config.name)[config.task]
     published = getattr(_module(config.name), "CLASSES", None)
