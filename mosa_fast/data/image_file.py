@@ -74,7 +74,8 @@ def read_bytes(path: str | Path) -> bytes:
 def find_files(folder: Path, onerror: Callable[[OSError], None] | None = None) -> Iterator[Path]:
     """Everything below a folder that is no folder: its own by name, then its folders'; not what begins with a dot.
 
-    Pipes and links to nothing are among them, for `read_image` to refuse. Links are followed; a folder that is reached again through a link to one of its parents is not entered again.
+    Pipes and links to nothing are among them, for `read_image` to refuse. Links are followed; a folder that is reached
+    again through a link to one of its parents is not entered again.
 
     Args:
         folder: where to look.
