@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -13,13 +15,16 @@ from mosa_fast.adapters.adapter_file import load_trained_state
 from mosa_fast.backbones.create import input_size
 from mosa_fast.backbones.frozen import set_training
 from mosa_fast.config import TrainConfig
+from mosa_fast.data.fingerprint import Fingerprint
 from mosa_fast.data.loading import batches, evaluation_loader, train_loader
 from mosa_fast.methods import METHODS
 from mosa_fast.run_folder import RunFolder
+from mosa_fast.run_lock import lock_folder
 from mosa_fast.training.checkpoint import Checkpoints
 from mosa_fast.training.distributed import join_ranks
 from mosa_fast.training.evaluation import BATCH_FACTOR, evaluate
 from mosa_fast.training.finished_run import save_trained, weights_file
+from mosa_fast.training.folder_state import checkpoint_to_resume, finished_summary
 from mosa_fast.training.loggers import Loggers, Progress
 from mosa_fast.training.losses import class_weights
 from mosa_fast.training.model import build_model, check_model, count_trained
@@ -33,7 +38,9 @@ from mosa_fast.training.signals import Interrupted, StopAsked, StopSignals
 from mosa_fast.training.step import GraphedStep, Objective, TrainStep
 
 
-def train(config: TrainConfig, *, progress: bool = True, resume: bool = False) -> dict[str, Any]:
+def train(
+    config: TrainConfig, *, progress: bool = True, resume: bool = False, overwrite: bool = False
+) -> dict[str, Any]:
     """Run a training from data to report.
 
     The epoch with the best validation accuracy is selected, the last one where there are no validation images
@@ -44,33 +51,41 @@ def train(config: TrainConfig, *, progress: bool = True, resume: bool = False) -
         progress: show a bar or lines (standard error) and the closing table (standard output).
         resume: go on from the last checkpoint in `config.out`; start anew where there is none, and do nothing where
             the run is finished.
+        overwrite: start anew whatever is in `config.out`. Otherwise a run that is there is not replaced.
 
     Returns:
         What the run's summary holds.
 
     Raises:
-        ValueError: the configuration, the data, the model or the checkpoint do not fit together, or training diverges.
+        ValueError: the configuration, the data, the model or the checkpoint do not fit together, the folder holds
+            another run or is in use by one, or training diverges.
         OSError: a file cannot be written.
         Interrupted: SIGTERM or SIGINT came; the run has saved itself.
     """
     folder = RunFolder(config.out)
-    last_checkpoint = folder.last_checkpoint()
-    if resume and folder.is_finished:
-        return folder.read_summary()
-    if last_checkpoint is not None and not folder.is_finished and not resume:
-        raise ValueError(f"{folder} holds an unfinished run: go on with --resume, or choose another folder with --out")
+    check_model(config)
+    if config.data.image_size is None:
+        config.data.image_size = input_size(config.model)
+    finished = None if overwrite else finished_summary(folder, config, resume=resume)
+    if finished is not None:
+        if progress and os.environ.get("RANK", "0") == "0":
+            print(f"{folder} holds this run, finished: nothing to do", flush=True)
+        return finished
 
-    with join_ranks(config.device) as ranks, StopSignals() as stop:
+    with join_ranks(config.device) as ranks, StopSignals() as stop, ExitStack() as held:
         device, optim, method = ranks.device, config.optim, METHODS[config.method]
         on_gpu = device.type == "cuda"
         progress = progress and ranks.is_first
         if config.cuda_graphs and (not on_gpu or ranks.world > 1):
             raise ValueError(f"cuda_graphs needs one GPU, this run has {ranks.world} process(es) on {device.type}")
-        check_model(config)
+
+        # Set-up: the folder, which belongs to this run from here on.
+        ranks.from_first(lambda: held.enter_context(lock_folder(folder)))
+        checkpoint = None
+        if not overwrite:
+            checkpoint = ranks.from_first(lambda: checkpoint_to_resume(folder, resume=resume))
 
         # Set-up: data.
-        if config.data.image_size is None:
-            config.data.image_size = input_size(config.model)
         splits = load_run_data(config)
         position = Position(len(splits.train_labels), optim.batch_size * ranks.world, optim.epochs)
         loading: dict[str, Any] = {
@@ -115,6 +130,7 @@ def train(config: TrainConfig, *, progress: bool = True, resume: bool = False) -
             config,
             ranks,
             model,
+            Fingerprint(splits, config.data.root),
             position,
             step=step,
             optimizer=optimizer,
@@ -122,11 +138,13 @@ def train(config: TrainConfig, *, progress: bool = True, resume: bool = False) -
             selection=selection,
             metrics=metrics,
         )
-        if last_checkpoint is not None and resume:
-            checkpoints.load(last_checkpoint)
+        if checkpoint is not None:
+            checkpoints.load(checkpoint)
             if progress:
                 print(f"resumed {folder} at step {position.steps} of {position.total_steps}", flush=True)
         elif ranks.is_first:
+            if resume and progress and folder.config.is_file():
+                print(f"{folder} has no checkpoint to go on from: starting anew", flush=True)
             folder.start_anew()
         metrics.begin()
         if ranks.is_first:
