@@ -48,7 +48,7 @@ def evaluate_run(folder: RunFolder, config: TrainConfig, classes: list[str], spl
     if dataset is None:
         raise ValueError(f"{folder} has no validation images: it was trained on them too (data.mode final)")
     loader = evaluation_loader(dataset, config.optim.batch_size * BATCH_FACTOR, workers=config.data.workers)
-    return evaluate(model, loader, ranks, config.precision), len(dataset)
+    return evaluate(model, loader, ranks, len(classes), config.precision).accuracy, len(dataset)
 
 
 if __name__ == "__main__":

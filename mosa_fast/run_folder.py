@@ -78,8 +78,13 @@ class RunFolder:
 
     @property
     def curves(self) -> Path:
-        """Loss and accuracy over the epochs. Written by training.report; read by people."""
+        """Loss and accuracy over the epochs. Written by training.pictures; read by people."""
         return self.path / "curves.png"
+
+    @property
+    def confusion(self) -> Path:
+        """Which class is taken for which, of the test images. Written by training.pictures; read by people."""
+        return self.path / "confusion.png"
 
     @property
     def summary(self) -> Path:

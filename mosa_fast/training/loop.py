@@ -22,16 +22,17 @@ from mosa_fast.run_folder import RunFolder
 from mosa_fast.run_lock import lock_folder
 from mosa_fast.training.checkpoint import Checkpoints
 from mosa_fast.training.distributed import join_ranks
-from mosa_fast.training.evaluation import BATCH_FACTOR, evaluate
+from mosa_fast.training.evaluation import BATCH_FACTOR, Scores, evaluate
 from mosa_fast.training.finished_run import save_trained, weights_file
 from mosa_fast.training.folder_state import checkpoint_to_resume, finished_summary
 from mosa_fast.training.loggers import Loggers, Progress
 from mosa_fast.training.losses import class_weights
 from mosa_fast.training.model import build_model, check_model, count_trained
 from mosa_fast.training.optim import make_optimizer, make_schedule
+from mosa_fast.training.pictures import plot_confusion, plot_curves
 from mosa_fast.training.position import Position
 from mosa_fast.training.precision import store_frozen
-from mosa_fast.training.report import MetricsLog, closing_table, plot_curves, versions
+from mosa_fast.training.report import MetricsLog, class_table, closing_table, opening_table, versions
 from mosa_fast.training.run_data import load_run_data
 from mosa_fast.training.selection import Selection
 from mosa_fast.training.signals import Interrupted, StopAsked, StopSignals
@@ -151,11 +152,22 @@ def train(
             folder.write_config(asdict(config))
             folder.write_classes(splits.classes)
         loggers = Loggers(folder, asdict(config), position, enabled=ranks.is_first)
+        held.callback(loggers.close)
+        if progress:
+            print(opening_table(config, splits, model, position, ranks), flush=True)
         bar = Progress(position, enabled=progress)
+        held.callback(bar.close)
 
-        def accuracy(images: Any) -> float:
+        def scores(images: Any, *, confusion: bool = False) -> Scores:
             evaluated = evaluation_loader(images, optim.batch_size * BATCH_FACTOR, **loading)
-            return evaluate(model, evaluated, ranks, config.precision, stop)
+            with position.pause():
+                return evaluate(
+                    model, evaluated, ranks, len(splits.classes), config.precision, stop, confusion=confusion
+                )
+
+        def save_checkpoint() -> None:
+            with position.pause():
+                checkpoints.save()
 
         def is_stop_asked() -> bool:
             # Processes must leave at the same step; they look at each other's signals where they meet anyway.
@@ -172,15 +184,14 @@ def train(
                     if position.steps % config.log_every == 0:
                         loss, train_accuracy = step.averages()
                         step.count_bad_steps(config.max_bad_steps)
-                        speed = bar.images_per_second()
-                        bar.update({"loss": f"{loss:.3f}", "train": f"{train_accuracy:.1f}%", "images/s": str(speed)})
+                        bar.update({"loss": f"{loss:.3f}", "train": f"{train_accuracy:.1f}%"})
                         running = {"running_loss": loss, "running_accuracy": train_accuracy}
-                        loggers.add(running | {"lr": float(schedule.get_last_lr()[0]), "images_per_second": speed})
+                        loggers.add_running(running | {"lr": float(schedule.get_last_lr()[0])})
                     if is_stop_asked():
                         raise StopAsked
                     is_mid_epoch = position.steps_in_epoch < position.steps_per_epoch
                     if config.checkpoint_steps and position.steps % config.checkpoint_steps == 0 and is_mid_epoch:
-                        checkpoints.save()
+                        save_checkpoint()
 
                 # Evaluate: validation selects.
                 loss, train_accuracy = step.averages()
@@ -197,7 +208,7 @@ def train(
                     if is_last:
                         selection.select(position.epoch, None, model)
                 elif is_last or position.epoch % config.eval_every == 0:
-                    row["val_accuracy"] = accuracy(splits.val)
+                    row |= scores(splits.val).named("val")
                     selection.validated(position.epoch, row["val_accuracy"], model)
 
                 # Log.
@@ -206,33 +217,37 @@ def train(
                 shown = {"epoch": str(row["epoch"]), "loss": f"{loss:.3f}", "train": f"{train_accuracy:.1f}%"}
                 if selection.val_accuracy is not None:
                     shown["val"] = f"{row.get('val_accuracy', selection.val_accuracy):.1f}%"
-                bar.update(shown | {"images/s": str(bar.images_per_second())}, epoch_end=True)
+                bar.update(shown, epoch_end=True)
                 metrics.add(row)
                 loggers.add({name: value for name, value in row.items() if name != "epoch"})
 
                 # Save.
                 if is_last or selection.patience_is_over or position.epochs_done % config.checkpoint_every == 0:
-                    checkpoints.save()
+                    save_checkpoint()
 
             # Test, once: the last weights, then the selected ones.
             seconds = position.seconds
             summary: dict[str, Any] = {"val_accuracy": selection.val_accuracy}
+            selected = metrics.rows[selection.epoch - 1]
+            summary |= {name: selected[name] for name in ("val_loss", "val_top5") if name in selected}
             if config.test:
-                summary["last_test_accuracy"] = accuracy(splits.test)
+                tested = scores(splits.test, confusion=True)
+                summary["last_test_accuracy"] = tested.accuracy
             load_trained_state(model, selection.weights, "the selected epoch")
             if config.test:
-                is_last = selection.epoch == position.epochs_done
-                summary["test_accuracy"] = summary["last_test_accuracy"] if is_last else accuracy(splits.test)
-                loggers.add({"test_accuracy": summary["test_accuracy"]})
+                if selection.epoch != position.epochs_done:
+                    tested = scores(splits.test, confusion=True)
+                loggers.add(tested.named("test"))
+                summary |= tested.named("test")
+                if tested.confusion is not None:
+                    summary["test_classes"] = class_table(tested, splits.classes)
         except StopAsked:
-            checkpoints.save()
+            save_checkpoint()
             where = f"step {position.steps} of {position.total_steps} is saved in {folder}; go on with --resume"
             raise Interrupted(f"stopped: {where}", stop.received or signal.SIGTERM) from None
-        finally:
-            bar.close()
-            loggers.close()
 
         # Report.
+        bar.close()
         summary |= {
             "selected_epoch": selection.epoch,
             "epochs": position.epochs_done,
@@ -247,7 +262,12 @@ def train(
         }
         if ranks.is_first:
             save_trained(model, folder, config.method)
+            pictures = [folder.curves]
             plot_curves(folder.curves, metrics.rows, summary)
+            if config.test and tested.confusion is not None:
+                pictures.append(folder.confusion)
+                plot_confusion(folder.confusion, tested.confusion, splits.classes)
+            loggers.add_pictures(*pictures)
             folder.write_summary(summary)
             folder.remove_checkpoints()
             if progress:

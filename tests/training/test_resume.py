@@ -3,18 +3,19 @@ import os
 import random
 import shutil
 import signal
+from itertools import repeat
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_runs import in_child, tiny_run, wait_for
+from tiny_runs import in_child, stub_evaluate, tiny_run, wait_for
 
 from mosa_fast import run_lock
 from mosa_fast.config import DataConfig, LossConfig, OptimConfig
 from mosa_fast.run_folder import RunFolder
-from mosa_fast.training.evaluation import evaluate
+from mosa_fast.training.evaluation import Scores, evaluate
 from mosa_fast.training.loop import train
 from mosa_fast.training.position import Position
 from mosa_fast.training.signals import Interrupted, StopAsked
@@ -170,16 +171,18 @@ def test_a_signal_while_the_selected_weights_are_tested_changes_no_number(tmp_pa
     def run(out, **options):
         scores = iter([30.0, 20.0, 10.0])  # the first epoch is selected
         with monkeypatch.context() as patched:
-            patched.setattr("mosa_fast.training.loop.evaluate", lambda *args: tested(*args, scores=scores))
+            patched.setattr(
+                "mosa_fast.training.loop.evaluate", lambda *args, **options: tested(*args, scores=scores, **options)
+            )
             return train(tiny_run(out), progress=False, **options)
 
-    def tested(model, loader, *rest, scores):
+    def tested(model, loader, *rest, scores, **options):
         if len(loader.dataset.dataset) == 200:
-            return next(scores)
+            return Scores(next(scores), loss=1.0)
         tests.append(1)
         if len(tests) == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(model, loader, *rest)
+        return evaluate(model, loader, *rest, **options)
 
     tests, stop_at = [], None
     whole = run(tmp_path / "whole")
@@ -198,11 +201,11 @@ def test_a_run_that_is_out_of_patience_trains_no_further_when_it_is_resumed(tmp_
         os.kill(os.getpid(), signal.SIGTERM)
         raise StopAsked
 
-    scores = iter([30.0, 20.0])
-    monkeypatch.setattr("mosa_fast.training.loop.evaluate", lambda *_: next(scores, None) or stop())
+    scores = (accuracy or stop() for accuracy in (30.0, 20.0, None))
+    monkeypatch.setattr("mosa_fast.training.loop.evaluate", stub_evaluate(scores))
     with pytest.raises(Interrupted):  # in the test
         train(tiny_run(tmp_path, patience=1), progress=False)
-    monkeypatch.setattr("mosa_fast.training.loop.evaluate", lambda *_: 50.0)
+    monkeypatch.setattr("mosa_fast.training.loop.evaluate", stub_evaluate(repeat(50.0)))
     summary = train(tiny_run(tmp_path, patience=1), progress=False, resume=True)
     assert (summary["epochs"], summary["selected_epoch"]) == (2, 1)
 
