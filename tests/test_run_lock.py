@@ -3,12 +3,8 @@ import fcntl
 import os
 import signal
 import socket
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "training"))
 from tiny_runs import in_child, wait_for
 
 from mosa_fast.run_folder import RunFolder

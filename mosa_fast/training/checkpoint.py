@@ -77,12 +77,13 @@ class Checkpoints:
             OSError: the files cannot be written; the checkpoint before is untouched.
         """
         here = (self.position.steps, self.position.epochs_done)
-        if self.ranks.is_first and here != self._saved:
+        # All processes take part, since some parts have something of each in their state.
+        state = {} if here == self._saved else {name: part.state_dict() for name, part in self.parts.items()}
+        if self.ranks.is_first and state:
             weights, pending = (
                 of(self.position.steps) for of in (self.folder.checkpoint_weights, self.folder.pending_weights)
             )
             _write_tensors(pending, trained_state(self.model))
-            state = {name: part.state_dict() for name, part in self.parts.items()}
             # Through memory, because torch hides the reason when a disk is full.
             buffer = io.BytesIO()
             content = {"format": FORMAT, "config": self.config, "data": self.data.state_dict(), "state": state}

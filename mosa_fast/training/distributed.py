@@ -40,6 +40,12 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
+    def gather(self, values: Tensor) -> Tensor:
+        """All processes' values of one shape, `[world, ...]`."""
+        rows = values.new_zeros(self.world, *values.shape)
+        rows[self.rank] = values
+        return self.sum(rows)
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process (a synchronisation of all)."""
         if self.world == 1:

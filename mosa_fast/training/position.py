@@ -88,7 +88,7 @@ class Position:
         if state["batch_size"] != self.batch_size:
             raise ValueError(
                 f"the run was started with {state['batch_size']} images a step over all processes, not "
-                f"{self.batch_size}: resume it with as many processes, or change optim.batch_size to match"
+                f"{self.batch_size}: resume it with as many processes"
             )
         self.steps, self.epochs_done = state["steps"], state["epochs_done"]
         self._seconds_before, self._begin, self._paused = state["seconds"], time.perf_counter(), 0.0

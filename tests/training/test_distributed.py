@@ -1,43 +1,18 @@
 import json
 import os
-import socket
 import subprocess
 import sys
-from contextlib import nullcontext
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import in_child, tiny_run, wait_for
+from tiny_runs import run_ranks, tiny_run
 
-from mosa_fast.command_line import one_line_errors
 from mosa_fast.config import OptimConfig
 from mosa_fast.data.step_sampler import rank_slice
 from mosa_fast.run_folder import RunFolder
 from mosa_fast.run_lock import lock_folder
 from mosa_fast.training.loop import train
-
-
-def free_port() -> int:
-    with socket.socket() as handle:
-        handle.bind(("localhost", 0))
-        return handle.getsockname()[1]
-
-
-def run_ranks(world: int, config, *, main: bool = False) -> list[int]:
-    """Exit codes of the ranks of one run; main: as the command line's, a ValueError being 2."""
-    port = free_port()
-
-    def start(rank):
-        def work():
-            address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-            os.environ.update(address, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-            with one_line_errors() if main else nullcontext():
-                train(config, progress=False)
-
-        return in_child(work)
-
-    return [wait_for(child) for child in [start(rank) for rank in range(world)]]
 
 
 def numbers(out):

@@ -1,16 +1,13 @@
-import json
 import os
 import random
 import shutil
 import signal
 from itertools import repeat
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
-from tiny_runs import in_child, stub_evaluate, tiny_run, wait_for
+from tiny_runs import die_at, in_child, result, stub_evaluate, tiny_run, wait_for
 
 from mosa_fast import run_lock
 from mosa_fast.config import DataConfig, LossConfig, OptimConfig
@@ -29,42 +26,6 @@ def uninterrupted(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
     train(tiny_run(out, **SETTINGS), progress=False)
     return result(out)
-
-
-def result(out: Path):
-    """Everything that a run found out, without the times."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    for row in rows:
-        del row["seconds"]
-    summary = json.loads((out / "summary.json").read_text())
-    numbers = {key: summary[key] for key in ("test_accuracy", "last_test_accuracy", "selected_epoch", "steps")}
-    weights = {name: tensor.numpy().tobytes() for name, tensor in load_file(out / "adapter.safetensors").items()}
-    return rows, numbers, weights
-
-
-def die_at(event: int):
-    """SIGKILL this process before its event-th step, sync, rename or removal, or halfway through its event-th write."""
-    count = 0
-
-    def watch(owner, name, halfway=None):
-        original = getattr(owner, name)
-
-        def watched(*args, **kwargs):
-            nonlocal count
-            count += 1
-            if count == event:
-                if halfway:
-                    halfway(original, *args)
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args, **kwargs)
-
-        setattr(owner, name, watched)
-
-    watch(TrainStep, "advance")
-    watch(os, "fsync")
-    watch(Path, "replace")
-    watch(Path, "unlink")
-    watch(Path, "write_bytes", lambda original, path, data: original(path, bytes(data)[: len(data) // 2]))
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
