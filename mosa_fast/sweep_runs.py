@@ -58,7 +58,7 @@ class Run:
             ValueError: the folder holds a run with other settings.
         """
         kept = _read(self.folder.read_sweep)
-        if kept is not None and {**kept, **self.identity()} != kept:
+        if kept is not None and {**kept, **self.identity()} != kept and self.folder.holds_a_run:
             raise ValueError(f"{self.folder} was made with other settings: choose another --out, or remove it")
         summary = _read(self.folder.read_summary)
         return summary if kept is not None and summary is not None and summary.get(self.result) is not None else None

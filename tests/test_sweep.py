@@ -101,6 +101,18 @@ def test_results_of_other_settings_are_not_taken_for_these(tmp_path, trainings):
         run.summary()
 
 
+def test_a_sweep_goes_on_after_its_typo_was_mended(tmp_path, trainings):
+    recipes = find_recipes(["digits"])
+    assert sweep(make_rows(recipes, ("--optim.lr=5",)), 1, [], tmp_path).failed != []
+    assert sweep(make_rows(recipes, ("--optim.lr=5e-3",)), 1, [], tmp_path).failed == []
+    folder = RunFolder(tmp_path / "configs" / "digits" / "seed3407")
+    folder.summary.unlink()
+    folder.checkpoint(3).parent.mkdir()
+    folder.checkpoint(3).touch()  # what a run has begun is not thrown away either
+    with pytest.raises(ValueError, match="other settings"):
+        sweep(make_rows(recipes, ("--optim.lr=4e-3",)), 1, [], tmp_path)
+
+
 def test_the_grid_is_searched_on_validation_only(tmp_path, trainings):
     grid = parse_grid(["optim.lr=1e-3,5e-3,1e-2", "loss.reg_weight=1,2"])
     assert grid == {"optim.lr": ["1e-3", "5e-3", "1e-2"], "loss.reg_weight": ["1", "2"]}

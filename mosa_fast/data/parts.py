@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from mosa_fast.data.transforms import Transforms
 
@@ -54,3 +54,13 @@ class Splits:
     def parts(self) -> Iterator[tuple[str, Dataset[Any]]]:
         """Name and data set of the parts that there are."""
         return ((name, getattr(self, name)) for name in PARTS if getattr(self, name) is not None)
+
+
+def labels_of(dataset: Any) -> list[int]:
+    """The labels of a data set, in order, without reading an image."""
+    if isinstance(dataset, Subset):
+        labels = labels_of(dataset.dataset)
+        return [labels[index] for index in dataset.indices]
+    if isinstance(dataset, TensorDataset):
+        return dataset.tensors[1].tolist()
+    return list(dataset.targets)
