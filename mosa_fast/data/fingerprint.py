@@ -10,15 +10,16 @@ from typing import Any
 
 from torch.utils.data import Subset, TensorDataset
 
-from mosa_fast.data.images import ImageArrays
+from mosa_fast.data.images import ImageArrays, ImageFiles
 from mosa_fast.data.parts import Splits
 
 
 class Fingerprint:
     """Of every part of a data set: its number of images, and a digest of what they are.
 
-    Files count by their path below `root`, label and size in bytes, so that the folder may move; images in memory by
-    their pixels and labels; the embedded digits, which the configuration determines, by their labels.
+    Files count by their path below `root`, label and size in bytes, so that the folder may move; images that another
+    data set holds by their index there and label; images in memory by their pixels and labels; the embedded digits,
+    which the configuration determines, by their labels.
 
     Args:
         splits: the data set.
@@ -72,11 +73,13 @@ def _records(dataset: Any, indices: Any, root: Path | None) -> Iterator[bytes]:
             yield dataset.data[index].tobytes() + str(dataset.targets[index]).encode()
     elif isinstance(dataset, TensorDataset):
         yield str(dataset.tensors[1][list(indices)].tolist()).encode()
-    elif hasattr(dataset, "samples"):
+    elif isinstance(dataset, ImageFiles):
         for index in indices:
-            path, label, *_ = dataset.samples[index]
-            inside = path if root is None else os.path.relpath(path, root)
-            yield f"{inside}\0{label}\0{_size(path)}\n".encode("utf-8", "surrogateescape")
+            key, label = dataset.samples[index]
+            name, size = str(key), None
+            if isinstance(key, str):
+                name, size = key if root is None else os.path.relpath(key, root), _size(key)
+            yield f"{name}\0{label}\0{size}\n".encode("utf-8", "surrogateescape")
 
 
 def _size(path: str) -> int | None:
