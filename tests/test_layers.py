@@ -26,7 +26,7 @@ LAYERS = (
     "adapters",  # layers into timm models
     "mosa_fast",  # the package's own __init__: what users import
     "training formats",
-    "train evaluate predict export sweep sweep_table info assets.pretrain assets.drawings",  # command lines
+    "train evaluate predict export sweep sweep_table info __main__ assets.pretrain assets.drawings",  # command lines
 )
 
 
