@@ -35,10 +35,14 @@ def load_data(
         from mosa_fast.data.digits import load_digits
 
         return load_digits(config.shots, image_size, seed)
-    if config.root is None:
-        raise ValueError(f"data.root is needed: {_WHERE[config.name]}")
-    root = Path(config.root).expanduser()
     transforms = make_transforms(config, image_size, statistics)
+    if config.name == "timm":
+        from mosa_fast.data.timm_sets import load_timm
+
+        return load_timm(config, transforms, _root(config), seed)
+    root = _root(config)
+    if root is None:
+        raise ValueError(f"data.root is needed: {_WHERE[config.name]}")
     if config.name == "vtab":
         from mosa_fast.data.vtab import load_vtab
 
@@ -70,7 +74,7 @@ def make_transforms(config: DataConfig, image_size: int, statistics: Statistics 
     from mosa_fast.data.transforms import Transforms, evaluation_transform, train_transform
 
     preprocessing = preprocessing_of(config, image_size, statistics)
-    return Transforms(train_transform(preprocessing), evaluation_transform(preprocessing))
+    return Transforms(train_transform(preprocessing, config), evaluation_transform(preprocessing))
 
 
 _WHERE = {
@@ -90,12 +94,16 @@ def class_count(config: DataConfig) -> int:
     _check_family(config)
     if config.name == "digits":
         return 10
+    if config.name == "timm":
+        from mosa_fast.data.timm_sets import count_classes
+
+        return count_classes(config, _root(config))
     if config.task is not None:
         return tasks(config.name)[config.task]
-    train = Path(config.root or "").expanduser() / "train"
-    if config.root is None or not train.is_dir():
+    root = _root(config)
+    if root is None or not (root / "train").is_dir():
         raise ValueError(f"data.root is needed: {_WHERE[config.name]}")
-    return sum(entry.is_dir() for entry in train.iterdir())
+    return sum(entry.is_dir() for entry in (root / "train").iterdir())
 
 
 def tasks(family: str) -> dict[str, int]:
@@ -113,6 +121,10 @@ def tasks(family: str) -> dict[str, int]:
 
         return TASKS
     return {}
+
+
+def _root(config: DataConfig) -> Path | None:
+    return None if config.root is None else Path(config.root).expanduser()
 
 
 def _check_family(config: DataConfig) -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import glob
 import os
-import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
 
-from mosa_fast.data.loading import PREFETCH, UNREADABLE, Unreadable
+from mosa_fast.data.image_file import SUFFIXES, UNREADABLE, find_files, is_image_name, read_image
+from mosa_fast.data.loading import PREFETCH, Unreadable
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,7 @@ class Inputs(Dataset[Any]):
         if isinstance(name, Unreadable):
             return name.name, name
         try:
-            if not stat.S_ISREG(os.stat(name).st_mode):  # a pipe would be waited for
-                raise ValueError("not a regular file")
-            return name, self.transform(default_loader(name))
+            return name, self.transform(read_image(name))
         except UNREADABLE as error:
             return name, Unreadable(name, _reason(error))
 
@@ -108,22 +106,13 @@ def _collate(items: list[tuple[str, Tensor | Unreadable]]) -> InputBatch:
 
 
 def _expand(name: str) -> list[str | Unreadable]:
-    """A folder's images, by name; links are followed, into every folder once."""
+    """A folder's images; what is no folder stands for itself."""
     if not os.path.isdir(name):
         return [name]
-    found: list[str | Unreadable] = []
-    denied: list[OSError] = []
-    seen = set()
-    for folder, folders, files in os.walk(name, followlinks=True, onerror=denied.append):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders.sort()
-        found += [os.path.join(folder, file) for file in sorted(files) if file.lower().endswith(IMG_EXTENSIONS)]
-    found += [Unreadable(str(error.filename), _reason(error)) for error in denied]
-    return found or [Unreadable(name, f"no image ({', '.join(IMG_EXTENSIONS)}) below this folder")]
+    errors: list[OSError] = []
+    found: list[str | Unreadable] = [str(path) for path in find_files(Path(name), errors.append) if is_image_name(path)]
+    found += [Unreadable(str(error.filename), _reason(error)) for error in errors]
+    return found or [Unreadable(name, f"no image ({' '.join(SUFFIXES)}) below this folder")]
 
 
 def _reason(error: BaseException) -> str:
