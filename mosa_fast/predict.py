@@ -85,27 +85,23 @@ def predict(
         workers: processes that read images; None: as in the first run.
 
     Raises:
-        ValueError: weights cannot be read, or the runs want their images in different ways.
+        ValueError: weights cannot be read, or the runs cannot be served together (`mosa_fast.training.serving`).
     """
     from mosa_fast.data.inputs import input_batches
     from mosa_fast.data.transforms import evaluation_transform
     from mosa_fast.training.evaluation import BATCH_FACTOR
+    from mosa_fast.training.serving import serve
 
-    config, preprocessing = runs[0].config, runs[0].preprocessing
-    odd = next((run for run in runs if run.preprocessing != preprocessing), None)
-    if odd is not None:
-        raise ValueError(f"{runs[0]} and {odd} prepare their images in different ways: use one at a time")
-    models = [run.load_model() for run in runs]
-    transform = evaluation_transform(preprocessing)
+    config = runs[0].config
+    ask = serve(runs)
+    transform = evaluation_transform(runs[0].preprocessing)
     batch_size = batch_size or config.optim.batch_size * BATCH_FACTOR
     workers = config.data.workers if workers is None else workers
     for batch in input_batches(inputs, transform, batch_size, workers):
         rankings: Any = []
         if len(batch.images):
-            rankings = [
-                _rankings(run.logits(model, batch.images), run.classes, top)
-                for run, model in zip(runs, models, strict=True)
-            ]
+            logits = ask(batch.images)
+            rankings = [_rankings(own, run.classes, top) for run, own in zip(runs, logits, strict=True)]
         answered = zip(*rankings, strict=True)
         for place, name in enumerate(batch.names):
             if place in batch.bad:

@@ -22,3 +22,9 @@ def finished_run(out: Any, **changes: Any) -> RunFolder:
     }
     train(TrainConfig(**settings | changes), progress=False)
     return RunFolder(out)
+
+
+def short_run(out: Any, **changes: Any) -> RunFolder:
+    """A run that is finished, whatever it has learned in one epoch; it was not tested."""
+    optim = OptimConfig(epochs=1, warmup_epochs=0, batch_size=16)
+    return finished_run(out, **{"optim": optim, "test": False} | changes)

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import torch
-from finished_runs import finished_run
+from finished_runs import finished_run, short_run
 from PIL import Image
 from safetensors.torch import save_file
 
-from mosa_fast.config import DataConfig, MoSAConfig, OptimConfig
+from mosa_fast.config import DataConfig, MoSAConfig
 from mosa_fast.data import load_data
 from mosa_fast.data.preprocessing import Preprocessing, cropped, squashed
 from mosa_fast.data.transforms import evaluation_transform
@@ -64,11 +64,6 @@ def ask(form, path, case):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def short(out, **changes):
-    """A run that is there, whatever it has learned."""
-    return finished_run(out, optim=OptimConfig(epochs=1, warmup_epochs=0, batch_size=16), test=False, **changes)
-
-
 @pytest.fixture(scope="module")
 def test_images(tmp_path_factory):
     images, labels = load_data(DataConfig(), 32, 3407).test.tensors
@@ -104,7 +99,7 @@ def test_a_run_in_half_precision_is_exported_in_float32(test_images, tmp_path, c
 
 
 def test_adapters_that_do_not_fold_are_merged_where_the_format_allows(tmp_path, command):
-    run = short(tmp_path / "run", adapter=MoSAConfig(bottleneck=4, placement="pfeiffer"))
+    run = short_run(tmp_path / "run", adapter=MoSAConfig(bottleneck=4, placement="pfeiffer"))
     code, _, error = command(main, "--run", run, "--format", "timm", "--out", tmp_path / "timm")
     assert code == 2
     assert "a pfeiffer adapter does not read what the MLP reads" in error
@@ -121,7 +116,7 @@ def test_adapters_that_do_not_fold_are_merged_where_the_format_allows(tmp_path, 
 
 @pytest.mark.parametrize("method", ["linear", "lora"])
 def test_other_methods_are_models_of_timm(method, tmp_path, command):
-    run = short(tmp_path / "run", method=method)
+    run = short_run(tmp_path / "run", method=method)
     code, out, _ = command(main, "--run", run, "--format", "timm", "--out", tmp_path / "timm")
     assert code == 0
     assert "merged" not in out

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from finished_runs import short_run
 from PIL import Image
 
+from mosa_fast.config import ModelConfig, MoSAConfig
 from mosa_fast.data.inputs import find_inputs
 from mosa_fast.data.loading import Unreadable
 from mosa_fast.predict import main
@@ -57,11 +59,11 @@ def test_one_bad_file_is_named_and_the_others_are_answered(shots, digits_run, co
     open("shots/bad.png", "w").close()
     os.mkfifo("shots/pipe.jpg")
     os.symlink("circle.png", "shots/circle.png")
-    code, out, errors = command(main, "--run", digits_run, "--batch_size", 3, "shots", "none.png")
+    odd = ["shots/pipe.jpg", "shots/circle.png", "none.png"]
+    code, out, errors = command(main, "--run", digits_run, "--batch_size", 3, *odd, "shots")
     assert code == 1
     assert [line.split()[0] for line in out.splitlines()] == shots
-    named = ["shots/bad.png", "shots/circle.png", "shots/pipe.jpg", "none.png"]
-    assert [line.split(" cannot be read (")[0] for line in errors.splitlines()] == named
+    assert [line.split(" cannot be read (")[0] for line in errors.splitlines()] == [*odd, "shots/bad.png"]
 
 
 def test_batches_and_workers_change_no_answer(shots, digits_run, command):
@@ -90,6 +92,45 @@ def test_formats_hold_the_same_answers(shots, digits_run, command):
     for line, answer in zip(lines, answers, strict=True):
         words = [f"{c['class']} {100 * c['probability']:.1f}%" for c in answer["classes"]]
         assert line.split("  ") == [answer["image"], *words]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-true"])
+def test_several_runs_answer_as_each_does_alone(precision, shots, tmp_path, command):
+    runs = [
+        short_run(tmp_path / "four", precision=precision),
+        short_run(tmp_path / "eight", precision=precision, adapter=MoSAConfig(bottleneck=8, seed=1)),
+    ]
+    options = ("--format", "json", "--top", 10, *shots)
+    together = json.loads(command(main, "--run", runs[0], "--run", runs[1], *options)[1])
+    assert [answer["image"] for answer in together] == [name for name in shots for _ in runs]
+    lines = command(main, "--run", runs[0], "--run", runs[1], *shots)[1].splitlines()
+    assert [line.split("  ")[1] for line in lines] == [f"{run}:" for run in runs] * 4
+    close = {"fp32": 1e-6, "bf16-true": 2e-3}[precision]
+    for run in runs:
+        alone = json.loads(command(main, "--run", run, *options)[1])
+        own = [answer for answer in together if answer["run"] == str(run)]
+        for one, other in zip(alone, own, strict=True):
+            expected = {c["class"]: pytest.approx(c["probability"], abs=close) for c in one["classes"]}
+            assert {c["class"]: c["probability"] for c in other["classes"]} == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "linear"}, "has no adapters (method linear)"),
+        ({"precision": "bf16-mixed"}, "do not have the same precision"),
+        ({"model": ModelConfig("test_vit2", pretrained=False)}, "do not have the same backbone"),
+        ({"seed": 1}, "backbone"),  # its random weights are others
+        ({"adapter": MoSAConfig(bottleneck=4, placement="pfeiffer")}, "one bank holds one kind"),
+    ],
+)
+def test_runs_that_cannot_be_served_together_are_named(changes, message, shots, digits_run, tmp_path, command):
+    other = short_run(tmp_path / "other", **changes)
+    code, out, error = command(main, "--run", digits_run, "--run", other, *shots)
+    assert (code, out) == (2, "")
+    assert message in error
+    assert str(other) in error
+    assert error.count("\n") == 1
 
 
 def test_nothing_to_read_is_an_empty_answer(digits_run, command, monkeypatch):

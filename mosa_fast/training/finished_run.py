@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ class FinishedRun:
         return model.eval().to(self.device)
 
     @torch.no_grad()
-    def logits(self, model: nn.Module, images: Tensor) -> Tensor:
+    def logits(self, model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         """Logits `[B, classes]`, float32, of preprocessed images `[B, 3, H, W]`, in the run's precision."""
         with autocast(self.config.precision, self.device):
             return model(images.to(self.device, input_dtype(self.config.precision), non_blocking=True)).float()
