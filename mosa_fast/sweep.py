@@ -3,8 +3,9 @@
 Runs recipes times seeds, each as a `python -m mosa_fast.train` of its own, and prints the table of test accuracies.
 Finished runs are skipped, so an interrupted sweep is started again with the same command.
 
-`--grid optim.lr=1e-3,5e-3`: the points of the grid are first trained per recipe with the test images unread; the best on validation, where
-several tie the one with the smallest values, is what is then run. Without values, each recipe's own `grid` is taken.
+`--grid optim.lr=1e-3,5e-3`: the points of the grid are first trained per recipe with the test images unread; the best
+on validation, where several tie the one with the smallest values, is what is then run. Without values, each recipe's
+own `grid` is taken.
 `--search uphill` trains only the points on the way from the middle of the grid to its summit.
 `--vary data.shots=10,50 optim.epochs=60,12`: every recipe is run with the first value of each option, then with the
 second; given again, with all combinations.
