@@ -11,6 +11,8 @@ HERE = Path(__file__).parent
 # Folders that live at the top of the repository and are installed inside the package: a top-level module called
 # `kernels` or `configs` would shadow other people's.
 MAPPED = {"mosa_fast.kernels": "kernels", "mosa_fast.configs": "configs", "mosa_fast.csrc": "csrc"}
+DATA = ["datasets>=3", "webdataset>=0.2"]  # data.name timm: sets of the Hugging Face Hub, webdataset's shards
+ONNX = ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"]  # mosa_fast.export --format onnx, which compares them
 
 
 def cuda_extension() -> dict:
@@ -34,7 +36,7 @@ def cuda_extension() -> dict:
 setup(
     **cuda_extension(),
     name="mosa_fast",
-    version=re.search(r'__version__ = "(.+)"', (HERE / "mosa_fast/__init__.py").read_text()).group(1),
+    version=re.search(r'__version__ = "(.+)"', (HERE / "mosa_fast/version.py").read_text()).group(1),
     description="Mixture of Sparse Adapters (MoSA) for vision transformers, fused and fast",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -62,9 +64,19 @@ setup(
     ],
     extras_require={
         "compare": ["peft>=0.17"],  # LoRA as a contender of the benchmarks
+        "data": DATA,
         "log": ["tensorboard>=2.17"],  # curves while a run is running; used where it is installed
-        "test": ["hypothesis>=6.100", "pytest>=8", "pytest-benchmark>=5", "pytest-timeout>=2.3"],
-        "dev": ["build>=1.2", "mypy>=1.15", "ninja>=1.11", "pre-commit>=4", "ruff>=0.14"],
+        "onnx": ONNX,
+        "test": [
+            "accelerate>=1.2",  # docs/use.md shows it
+            *DATA,
+            "hypothesis>=6.100",
+            *ONNX,
+            "pytest>=8",
+            "pytest-benchmark>=5",
+            "pytest-timeout>=2.3",
+        ],
+        "dev": ["build>=1.2", "mypy>=1.15", "ninja>=1.11", "pdoc>=15", "pre-commit>=4", "ruff>=0.14"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

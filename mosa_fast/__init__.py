@@ -1,6 +1,6 @@
 """mosa_fast: Mixture of Sparse Adapters (MoSA) for vision transformers.
 
-Importing this package imports nothing else: each public name brings in what it needs when it is first used.
+Importing this package imports no other library: each public name brings in what it needs when it is first used.
 """
 
 from __future__ import annotations
@@ -8,19 +8,22 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from mosa_fast.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from mosa_fast.adapters.adapter_file import load_adapter, save_adapter
+    from mosa_fast.adapters.bank import AdapterBank
     from mosa_fast.adapters.fold import fold, merge
-    from mosa_fast.adapters.model import adapt
+    from mosa_fast.adapters.model import AdaptedModel, adapt
     from mosa_fast.adapters.summary import summary
     from mosa_fast.config import MoSAConfig
     from mosa_fast.nn.sparse_adapter import SparseAdapter
     from mosa_fast.nn.sparse_lora import SparseLoRA
     from mosa_fast.ops.backends import backend, set_backend
 
-__version__ = "0.1.0"
-
 _HOMES = {
+    "AdaptedModel": "mosa_fast.adapters.model",
+    "AdapterBank": "mosa_fast.adapters.bank",
     "adapt": "mosa_fast.adapters.model",
     "fold": "mosa_fast.adapters.fold",
     "merge": "mosa_fast.adapters.fold",
@@ -34,6 +37,8 @@ _HOMES = {
     "set_backend": "mosa_fast.ops.backends",
 }
 __all__ = [
+    "AdaptedModel",
+    "AdapterBank",
     "MoSAConfig",
     "SparseAdapter",
     "SparseLoRA",

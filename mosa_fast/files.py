@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,23 +14,63 @@ from safetensors import SafetensorError
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a temporary file beside `path`, force it to the disk, and rename it to `path`.
 
+    The file has the permissions of any new file of this process. A symbolic link stays one: its target is written.
+
     Raises:
+        ValueError: there is something at `path` that is not a regular file, as a folder, a pipe or a device.
         OSError: it cannot be written, as on a full disk; the file that was there is still there.
     """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a regular file, and is not written over")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        permissions = temporary.stat().st_mode
         try:
             write(temporary)
         except SafetensorError as error:
             raise OSError(errno.EIO, str(error), str(path)) from None
+        temporary.chmod(permissions)  # safetensors puts a file of its own there, which only its owner can read
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+    _sync(path.parent)
+
+
+def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a temporary folder of files beside `path`, force it to the disk, and rename it to `path`.
+
+    A folder that is at `path` is replaced; a crash at that very moment leaves it beside the new one's place.
+
+    Raises:
+        OSError: it cannot be written; the folder that was there is still there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:
-        os.fsync(folder)
+        write(temporary)
+        for entry in (*temporary.iterdir(), temporary):
+            _sync(entry)
+        if path.exists():
+            path.replace(old)
+        temporary.replace(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.replace(path)
+        raise
     finally:
-        os.close(folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from PIL import Image
 
 from mosa_fast import evaluate, predict
 from mosa_fast.config import DataConfig, TrainConfig
+from mosa_fast.data.transforms import evaluation_transform
 from mosa_fast.train import main
+from mosa_fast.training.run_data import preprocessing_of_run
 from mosa_fast.training.step import TrainStep
 
 FAST = ["--optim.epochs=1", "--data.shots=1", "--optim.batch_size=10", "--eval_every=1"]
@@ -32,7 +35,19 @@ def test_without_arguments_it_trains_on_the_embedded_default(tmp_path):
     assert done.returncode == 0, done.stderr
     for line in ("validation accuracy", "test accuracy", "trained weights", "time"):
         assert line in done.stdout
-    for name in ("adapter.safetensors", "metrics.jsonl", "summary.json", "curves.png"):
+    # What it was about to do.
+    for line in (
+        r"train +10 images of 10 classes\n",
+        r"val +200 images of 10 classes\n",
+        r"test +800 images of 10 classes\n",
+        r"backbone +embedded, pretrained, 32 pixels\n",
+        r"trained weights +40,416 \+ head 1,930; frozen \d[\d,]+\n",
+        r"steps +1: 1 epochs of 1, 10 images each\n",
+        r"device +\w+\n",
+        r"precision +fp32\n",
+    ):
+        assert re.search(line, done.stdout.split("validation accuracy")[0]), line
+    for name in ("adapter.safetensors", "metrics.jsonl", "summary.json", "curves.png", "confusion.png"):
         assert (tmp_path / "here" / name).is_file()
         assert f"here/{name}" in done.stdout
     # Without a terminal: lines with what a bar would show.
@@ -79,12 +94,11 @@ def test_a_folder_of_images_is_trained_on_evaluated_again_and_predicted_by_name(
 
 def test_prediction_of_digits_sees_what_training_saw(tmp_path):
     """A digit saved as an image and read back is the data set's tensor, up to the eight bits of a pixel."""
-    from mosa_fast.config import DataConfig, TrainConfig
     from mosa_fast.data import load_data
 
     expected = load_data(DataConfig(shots=1), 32, 3407).test.tensors[0][0]
     small = torch.nn.functional.interpolate(expected[None], size=(8, 8), mode="bilinear")[0]
-    transform = predict.evaluation_transform(TrainConfig(data=DataConfig(image_size=32)))
+    transform = evaluation_transform(preprocessing_of_run(TrainConfig(data=DataConfig(image_size=32))))
     image = Image.fromarray(((small + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
     assert transform(image).shape == (3, 32, 32)
     assert transform(image).mean().item() == pytest.approx(expected.mean().item(), abs=0.05)
@@ -207,14 +221,11 @@ def test_a_signal_gives_the_shells_exit_code_and_resume_goes_on(tmp_path, monkey
     assert "resumed here at step 1 of 3" in capsys.readouterr().out
 
 
-def test_evaluation_and_prediction_refuse_what_does_not_fit_in_one_line(tmp_path, monkeypatch, capsys):
+def test_evaluation_refuses_what_does_not_fit_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert "is not the folder of a run" in fails(capsys, "--run=nowhere", command=evaluate.main)
     main([*TINY, "--out=here"])
     capsys.readouterr()
-    (tmp_path / "bad.png").write_bytes(b"no image")
-    assert "bad.png cannot be read" in fails(capsys, "--run=here", "bad.png", command=predict.main)
-    assert "No such file" in fails(capsys, "--run=here", "none.png", command=predict.main)
     weights = tmp_path / "here" / "adapter.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     assert "adapter.safetensors cannot be read" in fails(capsys, "--run=here", command=evaluate.main)
@@ -241,7 +252,7 @@ def test_prediction_transforms_as_the_data_set_of_the_run_does():
     """VTAB-1k squashes images and crops nothing; normalisation may be the backbone's own."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 64, 3), dtype=np.uint8))
     data = DataConfig(name="vtab", image_size=32, normalisation="backbone")
-    out = predict.evaluation_transform(TrainConfig(data=data))(image)
+    out = evaluation_transform(preprocessing_of_run(TrainConfig(data=data)))(image)
     squashed = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR), dtype=np.float32) / 255
     # The embedded backbone's statistics are 0.5 and 0.5.
     assert np.abs(out.permute(1, 2, 0).numpy() - (squashed * 2 - 1)).max() < 0.05

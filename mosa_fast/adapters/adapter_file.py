@@ -6,69 +6,125 @@ Tensors are named as timm names the modules they belong to, whatever wraps these
 from __future__ import annotations
 
 import copy
-import json
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mosa_fast.adapters.metadata import Metadata, open_adapter, versions
 from mosa_fast.adapters.model import AdaptedModel, adapt, adapters
 from mosa_fast.adapters.wrapper import Wrapper, unwrapped, unwrapped_name
+from mosa_fast.backbones.fingerprint import Fingerprint
 from mosa_fast.backbones.heads import classifiers, heads
+from mosa_fast.backbones.identity import arguments_of, name_of
 from mosa_fast.config import MoSAConfig
 from mosa_fast.files import write_atomically
 from mosa_fast.nn import SparseProjection
-
-FORMAT = "mosa_fast.adapter.1"
 
 
 def save_adapter(model: nn.Module, path: str | Path) -> None:
     """Write adapters (weights, W0, owner maps), head and anything else that is trained to a safetensors file.
 
+    With them goes what tells where they belong, and what they are for (`mosa_fast.adapters.metadata`): configuration,
+    name and fingerprint of the backbone, `model.classes` and `model.preprocessing` where they are set, versions.
+
     Args:
         model: adapted; it may be wrapped by torch.compile or DistributedDataParallel.
-        path: the file.
+        path: the file; written whole or not at all.
 
     Raises:
-        ValueError: the model has no adapters.
+        ValueError: the model has no adapters, or the path is that of something else than a regular file.
+        OSError: the file cannot be written.
     """
     model = unwrapped(model)
-    config = next(adapters(model)).config
-    metadata = {"format": FORMAT, "config": json.dumps(config.to_dict())}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained_state(model).items()}
-    write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata))
+    texts = metadata_of(model, tensors).to_texts()
+    write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, texts))
+
+
+def metadata_of(model: Any, trained: Container[str]) -> Metadata:
+    """What an adapter file of a model says about itself.
+
+    Args:
+        model: adapted.
+        trained: timm names of what the file holds.
+    """
+    return Metadata(
+        next(adapters(model)).config,
+        backbone=name_of(model),
+        backbone_arguments=arguments_of(model),
+        fingerprint=Fingerprint.of(frozen_parameters(model, trained)),
+        classes=getattr(model, "classes", None),
+        preprocessing=getattr(model, "preprocessing", None),
+        versions=versions(),
+    )
 
 
 def load_adapter(model: nn.Module, path: str | Path) -> AdaptedModel:
     """Read a file of `save_adapter` into a model.
 
     Args:
-        model: the same backbone: a plain timm model, which gets adapters and a head of the file's size in place, or
-            one that was adapted with the same configuration.
+        model: the same backbone, in any precision: a plain timm model, which gets adapters and a head of the file's
+            size in place, or one that was adapted with the same configuration.
         path: the file.
 
     Returns:
-        The adapted model: the given one, or one around it.
+        The adapted model: the given one, or one around it; with the file's `classes` and `preprocessing`.
 
     Raises:
-        ValueError: the file is not an adapter file, or does not fit the model; the message lists what is missing or
-            unexpected.
+        ValueError: the file is not an adapter file, is broken, or does not fit the model, which then is as it was: the
+            message names what differs (configuration, tensors, the backbone's weights, classes).
         FileNotFoundError: there is no such file.
     """
-    tensors, config = _read(Path(path))
+    tensors, metadata = read_adapter(Path(path))
     model = unwrapped(model)
-    if isinstance(model, AdaptedModel):
-        if model.mosa_config != config:
-            raise ValueError(f"{path} was saved with {config}, but the model has {model.mosa_config}")
-        load_trained_state(model, tensors, str(path))
-        return model
+    adapted: AdaptedModel | None = model if isinstance(model, AdaptedModel) else None
+    if adapted is not None:
+        if adapted.mosa_config != metadata.config:
+            raise ValueError(f"{path} was saved with {metadata.config}, but the model has {adapted.mosa_config}")
+        if metadata.classes is not None and adapted.classes not in (None, metadata.classes):
+            raise ValueError(
+                f"{path} is for {_shown(metadata.classes)}, but the model is for {_shown(adapted.classes)}"
+            )
     # Checked on a copy without data first, so that a file that does not fit leaves the model as it was.
-    check_trained_state(_prepare(_on_meta(model), config, tensors), tensors, str(path))
-    adapted = _prepare(model, config, tensors)
+    check_adapter(
+        adapted or prepare(without_data(model), metadata.config, tensors), model, tensors, metadata, str(path)
+    )
+    if adapted is None:
+        adapted = prepare(model, metadata.config, tensors)
     load_trained_state(adapted, tensors, str(path))
+    adapted.classes = metadata.classes or adapted.classes
+    adapted.preprocessing = metadata.preprocessing or adapted.preprocessing
     return adapted
+
+
+def read_adapter(path: Path) -> tuple[dict[str, Tensor], Metadata]:
+    """What an adapter file holds, by timm name, and what it says of itself; it raises what `read_metadata` does."""
+    with open_adapter(path) as handle:
+        metadata = Metadata.from_texts(handle.metadata() or {}, str(path))
+        tensors: dict[str, Tensor] = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    return tensors, metadata
+
+
+def check_adapter(
+    candidate: AdaptedModel, backbone: nn.Module, tensors: dict[str, Tensor], metadata: Metadata, source: str
+) -> None:
+    """Check what an adapter file holds.
+
+    Args:
+        candidate: a model as it describes, which need not have data (`prepare`).
+        backbone: what it is to be put on, adapted or not.
+        tensors, metadata: the file's.
+        source: what messages call it.
+
+    Raises:
+        ValueError: tensors, classes or the weights of the backbone do not fit.
+    """
+    check_trained_state(candidate, tensors, source)
+    _check_classes(candidate, metadata, source)
+    _check_backbone(backbone, tensors, metadata, source)
 
 
 def timm_names(model: nn.Module) -> dict[str, str]:
@@ -133,7 +189,36 @@ def check_trained_state(model: nn.Module, tensors: dict[str, Tensor], source: st
             module.check(unwrapped[unwrapped_name(f"{path}.weight")].removesuffix(".weight"), tensors)
 
 
-def _prepare(model: nn.Module, config: MoSAConfig, tensors: dict[str, Tensor]) -> AdaptedModel:
+def frozen_parameters(model: nn.Module, trained: Container[str]) -> dict[str, Tensor]:
+    """The parameters of a model's backbone by timm name, without those that are `trained` (heads, as a rule)."""
+    names = timm_names(model)
+    found = {names[name]: parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    return {name: parameter for name, parameter in found.items() if name not in trained}
+
+
+def _check_backbone(model: nn.Module, tensors: dict[str, Tensor], metadata: Metadata, source: str) -> None:
+    if metadata.fingerprint is None:
+        return  # a file of an earlier version
+    different = metadata.fingerprint.differences(frozen_parameters(model, tensors))
+    if different:
+        raise ValueError(
+            f"{source} was trained on another backbone: on {metadata.backbone or 'one without a name'}, and this is "
+            f"{name_of(model) or 'one without a name'} with other weights in {_shown(different)}"
+        )
+
+
+def _check_classes(model: AdaptedModel, metadata: Metadata, source: str) -> None:
+    if metadata.classes is not None and len(metadata.classes) != model.num_classes:
+        raise ValueError(f"{source} is broken: it names {_shown(metadata.classes)}, its head has {model.num_classes}")
+
+
+def _shown(names: Sequence[str] | None) -> str:
+    """A list of names, cut short: "3 classes" say less than which."""
+    names = names or []
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def prepare(model: nn.Module, config: MoSAConfig, tensors: dict[str, Tensor]) -> AdaptedModel:
     """Adapters, and a head of the file's size, for a plain model."""
     timm_model: Any = model
     own = [path for path, module in model.named_modules() if any(module is head for head in heads(model))]
@@ -147,7 +232,7 @@ def _prepare(model: nn.Module, config: MoSAConfig, tensors: dict[str, Tensor]) -
     return adapt(model, config)
 
 
-def _on_meta(model: nn.Module) -> nn.Module:
+def without_data(model: nn.Module) -> nn.Module:
     """A copy of the structure on the meta device; no data is copied."""
     copies: dict[int, object] = {}
     for parameter in model.parameters():
@@ -155,17 +240,3 @@ def _on_meta(model: nn.Module) -> nn.Module:
     for buffer in model.buffers():
         copies[id(buffer)] = buffer.to("meta")
     return copy.deepcopy(model, copies)
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], MoSAConfig]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no adapter file at {path}")
-    try:
-        with safe_open(path, framework="pt") as handle:
-            metadata = handle.metadata() or {}
-            tensors: dict[str, Tensor] = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} is not an adapter file of this version ({metadata.get('format')!r}, not {FORMAT!r})")
-    return tensors, MoSAConfig.from_dict(json.loads(metadata["config"]))

@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from mosa_fast.adapters.wrapper import Wrapper
 from mosa_fast.backbones.frozen import hold_statistics, parts_samples
 from mosa_fast.backbones.heads import classifiers
 from mosa_fast.config import MoSAConfig
+from mosa_fast.data.preprocessing import Preprocessing
 from mosa_fast.nn.mixture import FIXED, MixtureLayer
 from mosa_fast.routing import Routing, as_seed, draw
 
@@ -37,12 +40,16 @@ class AdaptedModel(Wrapper):
 
     Attributes:
         backbone: the timm model; calling it by itself works in evaluation only.
+        classes: names of the classes, by label; None: unknown. Set them, and adapter files hold them.
+        preprocessing: what evaluation does to an image before the model sees it; the same.
     """
 
     CHILD = "backbone"
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
+        self.classes: list[str] | None = None
+        self.preprocessing: Preprocessing | None = None
         self.backbone = backbone
 
     @property
@@ -158,6 +165,69 @@ class AdaptedModel(Wrapper):
             return lambda name: groups(name.removeprefix(f"{self.CHILD}."))
         return {name: _prefix_patterns(patterns) for name, patterns in groups.items()}
 
+    def save_pretrained(self, folder: str | Path, run: str | Path | None = None) -> None:
+        """Write a folder to share: the adapter file, its facts as config.json, and a model card (docs/sharing.md).
+
+        Args:
+            folder: made where it is not there; `from_pretrained` reads it.
+            run: folder of the run that trained the model: the card gets its data, accuracy and numbers of weights.
+
+        Raises:
+            ValueError: `run` is not the folder of a finished run.
+            OSError: a file cannot be written.
+        """
+        _hub().save_pretrained(self, folder, run)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path,
+        backbone: nn.Module | None = None,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> AdaptedModel:
+        """The model of a folder that `save_pretrained` or a run wrote, or of a repository on the Hugging Face Hub.
+
+        Args:
+            name_or_folder: the folder, its adapter file, or the repository, "user/name".
+            backbone: the frozen timm model; None: made by timm as the file says, with its pretrained weights.
+            revision: of the repository: a branch, tag or commit.
+            token: of the Hub; None: the one that `hf auth login` keeps.
+
+        Returns:
+            The model, with its `classes` and `preprocessing` where the file has them.
+
+        Raises:
+            ValueError: it can't be loaded, or the backbone is not the one that the adapters were trained on.
+        """
+        return _hub().load_pretrained(name_or_folder, backbone, revision=revision, token=token)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        run: str | Path | None = None,
+        private: bool = False,
+        token: str | None = None,
+        commit_message: str = "Adapters of mosa_fast",
+    ) -> str:
+        """Upload what `save_pretrained` writes to a repository on the Hugging Face Hub, made where it is not there.
+
+        Args:
+            repository: "user/name".
+            run: folder of the run that trained the model, for the model card.
+            private: whether a new repository can be seen by nobody else.
+            token: of the Hub, with the right to write; None: the one that `hf auth login` keeps.
+            commit_message: of the commit.
+
+        Returns:
+            The repository's address.
+        """
+        return _hub().push_to_hub(
+            self, repository, run=run, private=private, token=token, commit_message=commit_message
+        )
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that the timm model wants spared from weight decay."""
         names = getattr(self.backbone, "no_weight_decay", set)
@@ -256,6 +326,11 @@ def _parts(backbone: nn.Module) -> tuple[list[AdaptedBlock], list[nn.Module]]:
     if any(map(_checkpoints, (backbone, *others))):
         raise RuntimeError(CHECKPOINTS_BY_ITSELF)
     return blocks, others
+
+
+def _hub() -> Any:
+    # By name, as the package brings in its public names: the methods above are but words for what stands on this file.
+    return import_module("mosa_fast.adapters.hub")
 
 
 def _checkpoints(module: nn.Module) -> bool:

@@ -11,6 +11,14 @@ from timm.models import VisionTransformer
 
 NAME = "embedded"  # what `model.name` calls it
 IMAGE_SIZE = 32
+# Arguments of timm's VisionTransformer.
+SHAPE: dict[str, Any] = {
+    "img_size": IMAGE_SIZE,
+    "patch_size": 4,
+    "depth": 6,
+    "class_token": False,
+    "global_pool": "avg",
+}
 
 
 def create_embedded(num_classes: int, *, pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
@@ -21,17 +29,12 @@ def create_embedded(num_classes: int, *, pretrained: bool = False, **kwargs: Any
         pretrained: load the shipped weights, made by `mosa_fast.assets.pretrain` on generated drawings.
         kwargs: further arguments of timm's VisionTransformer.
     """
-    model = timm.create_model(
-        "vit_tiny_patch16_224",
-        img_size=IMAGE_SIZE,
-        patch_size=4,
-        depth=6,
-        class_token=False,
-        global_pool="avg",
-        num_classes=num_classes,
-        **kwargs,
-    )
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=num_classes, **SHAPE, **kwargs)
     assert isinstance(model, VisionTransformer)
+    # Not the weights that timm has for this architecture.
+    settings: Any = model.pretrained_cfg
+    settings = {**settings, "tag": NAME, "url": "", "hf_hub_id": None}
+    model.pretrained_cfg = model.default_cfg = settings
     if pretrained:
         with as_file(files("mosa_fast") / "assets" / "backbone.safetensors") as path:
             missing, unexpected = model.load_state_dict(load_file(path), strict=False)

@@ -7,19 +7,15 @@ from typing import NamedTuple
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-RESIZE_RATIO = 8 / 7  # 256 for 224, 438 for 384, 512 for 448
+from mosa_fast.config import DataConfig
+from mosa_fast.data.preprocessing import Preprocessing
 
-
-class Statistics(NamedTuple):
-    """Mean and standard deviation of the channels, of pixels in [0, 1]."""
-
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-
-
-IMAGENET = Statistics()
+AUGMENTATIONS = {
+    "randaugment": v2.RandAugment,
+    "autoaugment": v2.AutoAugment,
+    "trivial": v2.TrivialAugmentWide,
+    "augmix": v2.AugMix,
+}
 
 
 class Transforms(NamedTuple):
@@ -29,21 +25,40 @@ class Transforms(NamedTuple):
     evaluate: v2.Compose
 
 
-def image_transform(image_size: int, *, train: bool, statistics: Statistics = IMAGENET) -> v2.Compose:
-    """Image to float32 `[3, image_size, image_size]`, normalised.
+def evaluation_transform(preprocessing: Preprocessing) -> v2.Compose:
+    """PIL image to float32 `[3, image_size, image_size]`."""
+    return _compose(preprocessing, [v2.CenterCrop(preprocessing.image_size)])
 
-    Resize the shorter side to 8/7 of the size (bilinear), then a random crop and flip in training, the centre in
-    evaluation.
+
+def train_transform(preprocessing: Preprocessing, config: DataConfig) -> v2.Compose:
+    """The same for training: a random crop, and a flip; nothing random where evaluation cuts nothing off.
+
+    What `crop_scale`, `augment` and `random_erasing` of the data section change is off by default. All of it draws
+    from torch, never from Python or numpy.
     """
-    crop = [v2.RandomCrop(image_size), v2.RandomHorizontalFlip()] if train else [v2.CenterCrop(image_size)]
-    return _compose([v2.Resize(int(image_size * RESIZE_RATIO), InterpolationMode.BILINEAR), *crop], statistics)
+    size = preprocessing.image_size
+    augment = [] if config.augment == "none" else [AUGMENTATIONS[config.augment]()]
+    erase = [v2.RandomErasing(config.random_erasing)] if config.random_erasing else []
+    changes = [v2.RandomHorizontalFlip(), *augment]
+    if config.crop_scale is not None:
+        crop = v2.RandomResizedCrop(size, (config.crop_scale, 1.0), interpolation=_interpolation(preprocessing))
+        return v2.Compose([v2.RGB(), crop, *changes, *_tensor(preprocessing), *erase])
+    return v2.Compose([*_compose(preprocessing, [v2.RandomCrop(size), *changes]).transforms, *erase])
 
 
-def squash_transform(image_size: int, statistics: Statistics = IMAGENET) -> v2.Compose:
-    """Image to float32 `[3, image_size, image_size]`: both sides resized (bilinear), no augmentation (VTAB-1k)."""
-    return _compose([v2.Resize((image_size, image_size), InterpolationMode.BILINEAR)], statistics)
+def _compose(preprocessing: Preprocessing, crop: list[torch.nn.Module]) -> v2.Compose:
+    size, interpolation = preprocessing.image_size, _interpolation(preprocessing)
+    if preprocessing.resize is None:
+        geometry: list[torch.nn.Module] = [v2.Resize((size, size), interpolation)]
+    else:
+        geometry = [v2.Resize(preprocessing.resize, interpolation), *crop]
+    return v2.Compose([v2.RGB(), *geometry, *_tensor(preprocessing)])
 
 
-def _compose(geometry: list[torch.nn.Module], statistics: Statistics) -> v2.Compose:
-    tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*map(list, statistics))]
-    return v2.Compose([v2.RGB(), *geometry, *tensor])
+def _interpolation(preprocessing: Preprocessing) -> InterpolationMode:
+    return InterpolationMode(preprocessing.interpolation)
+
+
+def _tensor(preprocessing: Preprocessing) -> list[torch.nn.Module]:
+    normalise = v2.Normalize(list(preprocessing.mean), list(preprocessing.std))
+    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), normalise]

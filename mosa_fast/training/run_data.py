@@ -6,16 +6,23 @@ from collections.abc import Sized
 
 from mosa_fast.backbones.create import channel_statistics
 from mosa_fast.config import TrainConfig
-from mosa_fast.data import load_data
-from mosa_fast.data.loading import cache_decoded, drop_unreadable
+from mosa_fast.data import load_data, preprocessing_of
+from mosa_fast.data.loading import drop_unreadable
+from mosa_fast.data.memory import cache_decoded
 from mosa_fast.data.parts import Splits
-from mosa_fast.data.transforms import IMAGENET, Statistics
+from mosa_fast.data.preprocessing import IMAGENET, Preprocessing, Statistics
 
 
 def channel_statistics_of(config: TrainConfig) -> Statistics:
     """What a run's images are normalised with."""
     own = config.data.normalisation == "backbone"
     return Statistics(*channel_statistics(config.model)) if own else IMAGENET
+
+
+def preprocessing_of_run(config: TrainConfig) -> Preprocessing:
+    """What evaluation does to a run's images; `config.data.image_size` is set."""
+    assert config.data.image_size is not None
+    return preprocessing_of(config.data, config.data.image_size, channel_statistics_of(config))
 
 
 def load_run_data(config: TrainConfig) -> Splits:

@@ -1,10 +1,18 @@
+import json
+import os
+import stat
+
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_vit import make_tiny_vit
 
 import mosa_fast as mosa
-from mosa_fast.adapters.adapter_file import FORMAT
+from mosa_fast.adapters.metadata import FORMAT, read_metadata
+from mosa_fast.backbones.embedded import create_embedded
+from mosa_fast.data.preprocessing import cropped
+from mosa_fast.training.precision import store_frozen
 
 
 def make_trained(**config):
@@ -76,3 +84,159 @@ def test_owner_ids_out_of_range_are_refused(tmp_path, images):
     with pytest.raises(ValueError, match=r"blocks\.1\.adapter\.up\.owner names expert 200"):
         mosa.load_adapter(other, tmp_path / "a.safetensors")
     assert torch.equal(other(images), before)
+
+
+def rewrite(path, **texts):
+    """Let a file have other metadata; None: without them."""
+    with safe_open(path, "pt") as handle:
+        texts = {**handle.metadata(), **texts}
+    save_file(load_file(path), path, {name: text for name, text in texts.items() if text is not None})
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A file of a trained model, with everything that it can know."""
+    model = make_trained()
+    model.classes = ["ant", "bee", "cat", "Möwe", "owl"]
+    model.preprocessing = cropped(8)
+    path = tmp_path / "a.safetensors"
+    mosa.save_adapter(model, path)
+    return path
+
+
+def test_a_file_tells_what_it_is_for_without_its_tensors(saved):
+    metadata = read_metadata(saved)
+    assert metadata.config == mosa.MoSAConfig(bottleneck=8)
+    assert metadata.backbone == "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    assert metadata.classes == ["ant", "bee", "cat", "Möwe", "owl"]
+    assert metadata.preprocessing == cropped(8)
+    assert metadata.versions["torch"] == torch.__version__
+    assert metadata.versions["mosa_fast"] == mosa.__version__
+
+
+def test_a_loaded_model_knows_its_classes_and_preprocessing_and_hands_them_on(saved, tmp_path):
+    plain = make_tiny_vit()
+    plain.reset_classifier(2)
+    model = mosa.load_adapter(plain, saved)
+    assert (model.classes, model.preprocessing) == (["ant", "bee", "cat", "Möwe", "owl"], cropped(8))
+    mosa.save_adapter(model, tmp_path / "b.safetensors")
+    assert read_metadata(tmp_path / "b.safetensors").to_dict() == read_metadata(saved).to_dict()
+
+
+def test_another_backbone_of_the_same_shape_is_refused_by_name_and_stays_as_it_was(saved, images):
+    other = make_tiny_vit().eval()
+    other.blocks[1].mlp.fc1.weight.data.mul_(1.001)
+    before = other(images)
+    with pytest.raises(
+        ValueError, match=r"another backbone: .*vit_tiny.* other weights in blocks\.1\.mlp\.fc1\.weight$"
+    ):
+        mosa.load_adapter(other, saved)
+    assert torch.equal(other(images), before)
+    embedded = mosa.adapt(create_embedded(5, pretrained=True), mosa.MoSAConfig(bottleneck=8))
+    path = saved.with_name("embedded.safetensors")
+    mosa.save_adapter(embedded, path)
+    assert read_metadata(path).backbone == "embedded"
+    with pytest.raises(ValueError, match="embedded, and this is embedded with other weights in .* and 73 more"):
+        mosa.load_adapter(create_embedded(5), path)
+    mosa.load_adapter(create_embedded(2, pretrained=True), path)
+
+
+def test_precision_head_wrappers_and_image_size_of_the_backbone_do_not_matter(saved):
+    half = make_tiny_vit()
+    store_frozen(half.requires_grad_(False), "bf16-true")
+    mosa.load_adapter(half, saved)
+    compiled = make_tiny_vit()
+    compiled.reset_classifier(3)
+    compiled.blocks[0] = torch.compile(compiled.blocks[0])
+    adapted = mosa.adapt(make_tiny_vit(), mosa.MoSAConfig(bottleneck=8))
+    adapted.blocks[0] = torch.compile(adapted.blocks[0])
+    mosa.load_adapter(torch.compile(adapted), saved)
+    larger = make_tiny_vit(img_size=8)
+    larger.set_input_size((16, 16))
+    mosa.load_adapter(larger, saved)
+
+
+def test_what_is_trained_besides_the_adapters_does_not_count_as_backbone(tmp_path, images):
+    model = mosa.adapt(make_tiny_vit(), mosa.MoSAConfig(bottleneck=8)).eval()
+    model.norm.weight.requires_grad_(True).data.mul_(2)
+    mosa.save_adapter(model, tmp_path / "a.safetensors")
+    assert torch.equal(mosa.load_adapter(make_tiny_vit(), tmp_path / "a.safetensors").eval()(images), model(images))
+
+
+def test_other_classes_are_refused(saved):
+    model = mosa.adapt(make_tiny_vit(), mosa.MoSAConfig(bottleneck=8))
+    model.classes = ["a", "b", "c", "d", "e"]
+    with pytest.raises(ValueError, match="is for ant, bee, cat and 2 more, but the model is for a, b, c and 2 more"):
+        mosa.load_adapter(model, saved)
+    rewrite(saved, classes='["ant", "bee"]')
+    with pytest.raises(ValueError, match="is broken: it names ant, bee, its head has 5"):
+        mosa.load_adapter(make_tiny_vit(), saved)
+
+
+def test_files_of_the_first_version_still_load(saved, images):
+    model = mosa.load_adapter(make_tiny_vit(), saved).eval()
+    texts = ("backbone", "backbone_arguments", "fingerprint", "classes", "preprocessing", "versions")
+    rewrite(saved, **dict.fromkeys(texts))
+    with safe_open(saved, "pt") as handle:
+        assert handle.metadata().keys() == {"format", "config"}
+    old = mosa.load_adapter(make_tiny_vit(), saved).eval()
+    assert torch.equal(old(images), model(images))
+    assert (old.classes, old.preprocessing) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config", None),
+        ("config", "{"),
+        ("config", "[1]"),
+        ("config", '{"bottleneck": "many"}'),
+        ("config", '{"bottles": 1}'),
+        ("backbone_arguments", "3"),
+        ("fingerprint", "!"),
+        ("classes", '{"a": 1}'),
+        ("classes", "[1, 2]"),
+        ("preprocessing", "null"),
+        ("preprocessing", '{"image_size": 8}'),
+        ("preprocessing", '{"image_size": "8", "resize": null}'),
+        ("preprocessing", '{"image_size": 8, "resize": null, "mean": [0.5]}'),
+        ("preprocessing", '{"image_size": 8, "resize": null, "interpolation": "magic"}'),
+        ("versions", "[" * 100_000),
+    ],
+)
+def test_broken_metadata_are_one_error_that_names_them(saved, name, text):
+    rewrite(saved, **{name: text})
+    for read in (read_metadata, lambda path: mosa.load_adapter(make_tiny_vit(), path)):
+        with pytest.raises(ValueError, match=f"a.safetensors is broken: .*{name}") as error:
+            read(saved)
+        assert len(str(error.value)) < 300
+        assert not isinstance(error.value, json.JSONDecodeError)
+
+
+def test_a_file_has_the_permissions_of_other_new_files(tmp_path):
+    before = os.umask(0o027)
+    try:
+        mosa.save_adapter(make_trained(), tmp_path / "a.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == 0o640
+
+
+def test_a_link_stays_one_and_its_target_is_written(tmp_path):
+    (tmp_path / "there").mkdir()
+    link = tmp_path / "a.safetensors"
+    link.symlink_to("there/b.safetensors")  # not there yet
+    mosa.save_adapter(make_trained(), link)
+    assert link.is_symlink()
+    assert read_metadata(tmp_path / "there" / "b.safetensors").config == read_metadata(link).config
+    assert [path.name for path in tmp_path.rglob("*.tmp")] == []
+
+
+def test_only_a_regular_file_is_written_over(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for path in (tmp_path / "folder", tmp_path / "pipe", tmp_path / "link", "/dev/null"):
+        with pytest.raises(ValueError, match="is not a regular file, and is not written over"):
+            mosa.save_adapter(make_trained(), path)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
