@@ -20,10 +20,10 @@ from mosa_fast.adapters.adapter_file import (
     trained_state,
     without_data,
 )
+from mosa_fast.adapters.block import AdaptedBlock
 from mosa_fast.adapters.fold import merge
 from mosa_fast.adapters.linears import LoRALinear
 from mosa_fast.adapters.metadata import Metadata
-from mosa_fast.adapters.block import AdaptedBlock
 from mosa_fast.adapters.model import AdaptedModel, adapters
 from mosa_fast.adapters.placements import PLACEMENTS, QKVO
 from mosa_fast.adapters.seams import call_qkv_as_module, carries_samples, find_blocks
