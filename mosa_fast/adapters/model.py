@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mosa_fast.adapters.block import AdaptedBlock, routed
 from mosa_fast.adapters.linears import put_loras
 from mosa_fast.adapters.placements import PLACEMENTS, QKVO, repeat_batch
-from mosa_fast.adapters.seams import AFTER_BLOCKS, carries_samples, find_blocks, seam_of
+from mosa_fast.adapters.seams import AFTER_BLOCKS, call_quantised_qkv, carries_samples, find_blocks, seam_of
 from mosa_fast.adapters.wrapper import Wrapper
 from mosa_fast.backbones.frozen import hold_statistics, parts_samples
 from mosa_fast.backbones.heads import classifiers
@@ -285,6 +285,7 @@ def adapt(model: nn.Module, config: MoSAConfig | None = None) -> AdaptedModel:
             # Master weights are float32 under a half-precision backbone.
             "dtype": torch.promote_types(norm.weight.dtype, torch.float32),
         }
+        call_quantised_qkv(block)
         if config.method == "lora":
             put_loras(block, config, **options)
             adapted_block = AdaptedBlock(block, QKVO)
