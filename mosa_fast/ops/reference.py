@@ -102,8 +102,8 @@ def sparse_lora(call: SparseLoRACall) -> Tensor:
         return out.reshape(c.out_samples, *y.shape[1:])
 
 
-def adapter_bank(call: AdapterBankCall) -> Tensor:
-    """`mosa_fast.ops.adapter_bank` on a checked call.
+def adapter_bank(call: AdapterBankCall, out: Tensor) -> None:
+    """`mosa_fast.ops.adapter_bank` on a checked call, into `out`, which may be skip.
 
     Neighbouring samples of one task share their products. To give every sample a copy of its task's weights, and make
     one batched product of all, took twice as long on a CPU (64 samples of 197 tokens, D = 192 and 768, r = 64).
@@ -112,17 +112,20 @@ def adapter_bank(call: AdapterBankCall) -> Tensor:
     sum_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     streams = x.reshape(-1, c.width)
     skips = None if c.skip is None else c.skip.reshape(-1, c.out_width)
-    out = x.new_empty(*x.shape[:-1], c.out_width, dtype=c.out_dtype)
+    outs = out.view(-1, c.out_width)
 
     with torch.autocast(x.device.type, enabled=False):
         for task, samples in runs(c.tasks):
             rows = slice(samples.start * c.tokens, samples.stop * c.tokens)
-            stream, own = streams[rows], out.view(-1, c.out_width)[rows]
+            stream, own = streams[rows], outs[rows]
             hidden = _bank_hidden(c, stream.to(sum_dtype), task)
             total = own if own.dtype == sum_dtype else torch.empty_like(own, dtype=sum_dtype)
             # First what is added, then products in place: the fewest passes over the output.
-            if skips is not None:
-                torch.add(skips[rows], stream, out=total) if c.add_input else total.copy_(skips[rows])
+            if skips is not None and c.add_input:
+                torch.add(skips[rows], stream, out=total)
+            elif skips is not None:
+                if total.data_ptr() != skips[rows].data_ptr():
+                    total.copy_(skips[rows])
             elif c.add_input:
                 total.copy_(stream)
             else:
@@ -130,7 +133,6 @@ def adapter_bank(call: AdapterBankCall) -> Tensor:
             _add_up_projections(c, total, hidden, task)
             if total is not own:
                 own.copy_(total)
-    return out
 
 
 def _bank_hidden(c: AdapterBankCall, stream: Tensor, task: int) -> Tensor:
