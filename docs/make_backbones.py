@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 import mosa_fast as mosa
+from mosa_fast.adapters.block import AdaptedBlock
 from mosa_fast.adapters.fold import is_exact_gelu, why_not_folded
-from mosa_fast.adapters.model import AdaptedBlock
 from mosa_fast.adapters.seams import seam_of
 
 FILE = Path(__file__).parent / "backbones.md"

@@ -164,21 +164,25 @@ def bank_call(
     dtype: torch.dtype = torch.bfloat16,
     *,
     out_width: int | None = None,
+    columns: tuple[int, ...] | None = None,
     pairs: bool = False,
-    tasks: int = 64,
     product_dtype: torch.dtype | None = None,
     activation: str = "gelu",
     add_input: bool = True,
 ) -> AdapterBankCall:
-    """A call of adapter_bank: by default adapters with norm and gelu; low-rank pairs on a linear."""
+    """A call of adapter_bank with 64 tasks: by default adapters with norm and gelu; or low-rank pairs on a linear."""
     product_dtype = product_dtype or dtype
-    samples = 128
+    samples, out_width = 128, out_width or width
+    columns = columns or (0, out_width)
+    sizes = {"...": (samples, 197), "D": width, "O": out_width, "N": 64, "r": bottleneck}
+    sizes |= {"R": len(columns) // 2 * bottleneck, "W": sum(columns[1::2]) - sum(columns[::2])}
     return without_data(
         AdapterBankCall,
-        {"...": (samples, 197), "D": width, "O": out_width or width, "r": bottleneck, "N": tasks},
+        sizes,
         {"x": dtype, "skip": product_dtype},  # under autocast a linear gives the products' dtype
         ("norm_weight", "norm_bias", "down_bias", "up_bias") if pairs else (),
         tasks=torch.empty(samples, dtype=torch.int32, device="meta"),
+        columns=columns,
         activation="identity" if pairs else activation,
         add_input=add_input and not pairs,
         eps=1e-6,

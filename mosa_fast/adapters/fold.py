@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from timm.layers import GELU, Mlp
 from torch import Tensor, nn
 
+from mosa_fast.adapters.block import AdaptedBlock
 from mosa_fast.adapters.linears import LoRALinear
-from mosa_fast.adapters.model import AdaptedBlock, AdaptedModel, adapters
-from mosa_fast.adapters.placements import QKVO
+from mosa_fast.adapters.model import AdaptedModel, adapters
 from mosa_fast.adapters.seams import call_qkv_as_module, seam_of
 from mosa_fast.adapters.wrapper import unwrapped, unwrapped_name
 from mosa_fast.backbones.structure import structure_of
@@ -66,7 +66,7 @@ def fold(model: AdaptedModel, create_kwargs: Mapping[str, Any] | None = None) ->
     needed = {
         name: block.mlp.fc1.out_features + block.adapters()[0].config.bottleneck
         for name, block in blocks.items()
-        if block.placement != QKVO
+        if not block.linears
     }
     kwargs, structure = _wider(plain, dict(create_kwargs or getattr(plain, "_model_args", {})), blocks, needed)
     for name in blocks:
@@ -85,7 +85,7 @@ def fold(model: AdaptedModel, create_kwargs: Mapping[str, Any] | None = None) ->
 
 def why_not_folded(block: AdaptedBlock) -> str | None:
     """Why a block's adapter is not exactly a part of a wider MLP; None: it is (low-rank pairs: of their linears)."""
-    if block.placement == QKVO:
+    if block.linears:
         return None
     seam, mlp, norm = seam_of(block.block), block.mlp, block.norm2
     if block.placement != "adaptformer":
@@ -136,7 +136,7 @@ def _wider(
 @torch.no_grad()
 def _folded_block(adapted: Any) -> nn.Module:
     """The timm block of a copied AdaptedBlock, with the adapter in its MLP, or low-rank pairs in their linears."""
-    if adapted.placement == QKVO:
+    if adapted.linears:
         return _with_linears(adapted.block)
     seam, block = seam_of(adapted.block), adapted.block
     mlp: Any = block.mlp

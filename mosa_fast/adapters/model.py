@@ -7,101 +7,30 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from mosa_fast.adapters.linears import linears_of, put_loras
-from mosa_fast.adapters.placements import QKVO, placement_of, repeat_batch
+from mosa_fast.adapters.block import AdaptedBlock, routed
+from mosa_fast.adapters.linears import put_loras
+from mosa_fast.adapters.placements import PLACEMENTS, QKVO, repeat_batch
 from mosa_fast.adapters.seams import AFTER_BLOCKS, carries_samples, find_blocks, seam_of
 from mosa_fast.adapters.wrapper import Wrapper
-from mosa_fast.backbones.frozen import draws_random_numbers, hold_statistics, parts_samples
+from mosa_fast.backbones.frozen import hold_statistics, parts_samples
 from mosa_fast.backbones.heads import classifiers
 from mosa_fast.config import MoSAConfig
 from mosa_fast.data.preprocessing import Preprocessing
-from mosa_fast.nn import SparseAdapter, SparseLoRA
-from mosa_fast.nn.sparse_adapter import FIXED
-from mosa_fast.routing import BlockRouting, Routing, as_seed, draw
-
-NOT_ROUTED = (
-    "an adapted block in training was not told which experts to use: call the adapted model itself, as in "
-    "model(images, views=2) or model.forward_features(images), or evaluate with model.eval(). Wrappers that checkpoint "
-    "the blocks forget them, too: call model.set_grad_checkpointing() instead"
-)
+from mosa_fast.nn.mixture import FIXED, MixtureLayer
+from mosa_fast.routing import Routing, as_seed, draw
 
 CHECKPOINTS_BY_ITSELF = (
     "gradient checkpointing is switched on in the backbone, where it would recompute without the experts of the pass: "
     "call set_grad_checkpointing on the adapted model instead"
 )
-
-
-class AdaptedBlock(Wrapper):
-    """A timm block, untouched, with its adapters.
-
-    Attributes:
-        block: timm's.
-        placement: the name of one (`placement_of`).
-        routing: what the adapters compute with in the pass that is running; None between passes.
-        outputs: receives the output of the pass that is running, if anybody wants it; None between passes.
-        grad_checkpointing: recompute this block in the backward pass in place of keeping its activations.
-    """
-
-    CHILD = "block"
-
-    def __init__(self, block: nn.Module, placement: str, adapters: dict[str, SparseAdapter]) -> None:
-        super().__init__()
-        self.placement = placement
-        self.routing: BlockRouting | None = None
-        self.outputs: list[Tensor] | None = None
-        self.grad_checkpointing = False
-        for name, adapter in adapters.items():
-            self.add_module(name, adapter)
-        self.block = block
-        self.train(block.training)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As timm's block, `[N, ...]` to the same; `[V * N, ...]` where the routing parts the views here.
-
-        Raises:
-            RuntimeError: there is no routing in training.
-        """
-        routing = self.routing
-        if routing is None and self.training:
-            raise RuntimeError(NOT_ROUTED)
-        at_input = self.placement == QKVO  # the first thing that views differ in is the product for q, k and v
-        if routing is not None and routing.fork and (at_input or draws_random_numbers(self.block)):
-            x, routing = repeat_batch(x, routing.experts.shape[1]), routing._replace(fork=False)
-        if self.grad_checkpointing and self.training:
-            # To save torch's random state, the host waits for the GPU: done only where the frozen block draws from it.
-            draws = draws_random_numbers(self.block)
-            out = checkpoint(self._run, x, routing, args, kwargs, use_reentrant=False, preserve_rng_state=draws)
-        else:
-            out = self._run(x, routing, args, kwargs)
-        if self.outputs is not None:
-            self.outputs.append(out)
-        return out
-
-    def _run(self, x: Tensor, routing: BlockRouting | None, args: Any, kwargs: Any) -> Tensor:
-        seam, placement = seam_of(self.block), placement_of(self.placement)
-        attend = functools.partial(seam.attention, self.block, x, *args, **kwargs)
-        return seam.output(self.block, placement.run(self.block, seam, self.adapters(), attend, routing))
-
-    def adapters(self) -> list[Any]:
-        """This block's SparseAdapters in the order they run, or SparseLoRAs in that of their linears."""
-        if self.placement == QKVO:
-            return [linear.lora for linear in linears_of(self.block)]
-        return [getattr(self, name) for name in placement_of(self.placement).adapters]
-
-    @property
-    def draws(self) -> int:
-        """Pairs of experts that a pass draws for this block."""
-        return sum(adapter.draws for adapter in self.adapters())
 
 
 class AdaptedModel(Wrapper):
@@ -305,36 +234,6 @@ class AdaptedModel(Wrapper):
         return {f"{self.CHILD}.{name}" for name in names()}
 
 
-@contextmanager
-def routed(
-    blocks: Sequence[AdaptedBlock],
-    routing: Routing | None,
-    *,
-    fork: bool = False,
-    block_outputs: list[Tensor] | None = None,
-) -> Iterator[None]:
-    """Inside this context the blocks compute with the experts and seeds of a routing.
-
-    Args:
-        blocks: in the order they run.
-        routing: of all their adapters; None: evaluation, merged.
-        fork: the first block is given B samples and makes V * B of them; False: blocks are given all views.
-        block_outputs: receives every block's output.
-    """
-    try:
-        for block in blocks:
-            block.outputs = block_outputs
-        if routing is not None:
-            sizes = [block.draws for block in blocks]
-            parts = zip(blocks, routing.experts.split(sizes), routing.seeds.split(sizes), strict=True)
-            for index, (block, experts, seeds) in enumerate(parts):
-                block.routing = BlockRouting(experts, seeds, fork and index == 0)
-        yield
-    finally:
-        for block in blocks:
-            block.routing = block.outputs = None
-
-
 def adapt(model: nn.Module, config: MoSAConfig | None = None) -> AdaptedModel:
     """Put a mixture of sparse adapters into every block of a timm model.
 
@@ -368,9 +267,9 @@ def adapt(model: nn.Module, config: MoSAConfig | None = None) -> AdaptedModel:
         }
         if config.method == "lora":
             put_loras(block, config, **options)
-            adapted_block = AdaptedBlock(block, QKVO, {})
+            adapted_block = AdaptedBlock(block, QKVO)
         else:
-            width, placement = norm.weight.numel(), placement_of(config.placement)
+            width, placement = norm.weight.numel(), PLACEMENTS[config.placement]
             made = placement.make(config, seam_of(block), width, norm_eps=norm.eps, **options)
             adapted_block = AdaptedBlock(block, config.placement, made)
         parent.register_module(name, adapted_block)
@@ -383,14 +282,14 @@ def adapt(model: nn.Module, config: MoSAConfig | None = None) -> AdaptedModel:
 
 
 def adapters(model: nn.Module) -> Iterator[Any]:
-    """The adapters in a model (SparseAdapter, SparseLoRA), whatever wraps it or its blocks, first to last as they run.
+    """The mixture layers in a model (SparseAdapter, SparseLoRA), whatever wraps it or its blocks, as they run.
 
     Raises:
         ValueError: it has none.
     """
     found = False
     for module in model.modules():
-        if isinstance(module, (SparseAdapter, SparseLoRA)):
+        if isinstance(module, MixtureLayer):
             found = True
             yield module
     if not found:

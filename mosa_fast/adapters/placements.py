@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mosa_fast.adapters.linears import SCALE as LORA_SCALE
-from mosa_fast.adapters.linears import linears_of, routed_linears
+from mosa_fast.adapters.linears import LoRALinear, routed_linears
 from mosa_fast.adapters.seams import Seam
 from mosa_fast.config import MoSAConfig
 from mosa_fast.nn import SparseAdapter
@@ -20,19 +19,30 @@ Adapters = Sequence[SparseAdapter]
 Attend = Callable[[], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Placement:
     """One placement.
 
     Attributes:
-        run: (block, its seam, its adapters, attend, routing) to the sum that the block gives, where attend() is h, the
+        run: (block, its seam, its layers, attend, routing) to the sum that the block gives, where attend() is h, the
             residual stream after the attention.
-        adapters: names of a block's adapters, in the order they run; of none, where layers are put into its linears.
+        parts_at_input: several views part before the block's first product, since that is where they begin to differ.
+    """
+
+    run: Callable[[nn.Module, Seam, Any, Attend, BlockRouting | None], Tensor]
+    parts_at_input: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterPlacement(Placement):
+    """A placement of adapters.
+
+    Attributes:
+        adapters: names of a block's adapters, in the order they run.
         activation, scale, dropout: what "auto" means in a MoSAConfig.
         norm: whether an adapter normalises what it reads; what is read inside an MLP is normalised already.
     """
 
-    run: Callable[[nn.Module, Seam, Adapters, Attend, BlockRouting | None], Tensor]
     adapters: tuple[str, ...]
     activation: str
     scale: float
@@ -84,30 +94,44 @@ def _houlsby(block: nn.Module, seam: Seam, adapters: Adapters, attend: Attend, r
     return adapters[1](h + seam.mlp(block, h), **_routed(routing, 1))
 
 
-def _qkvo(block: nn.Module, seam: Seam, adapters: Adapters, attend: Attend, routing: BlockRouting | None) -> Tensor:
+def _qkvo(
+    block: nn.Module, seam: Seam, linears: Sequence[LoRALinear], attend: Attend, routing: BlockRouting | None
+) -> Tensor:
     """In the attention's linears: `h + mlp(norm2(h))`."""
-    with routed_linears(linears_of(block), routing):
+    with routed_linears(linears, routing):
         h = attend()
     return h + seam.mlp(block, h)
 
 
 PLACEMENTS = {
-    "adaptformer": Placement(
-        _adaptformer, ("adapter",), "gelu", scale=SCALE, dropout=DROPOUT, norm=lambda seam: not seam.inside
+    "adaptformer": AdapterPlacement(
+        run=_adaptformer,
+        adapters=("adapter",),
+        activation="gelu",
+        scale=SCALE,
+        dropout=DROPOUT,
+        norm=lambda seam: not seam.inside,
     ),
-    "pfeiffer": Placement(_pfeiffer, ("adapter",), "relu", scale=1.0, dropout=0.0, norm=lambda seam: True),
-    "houlsby": Placement(
-        _houlsby, ("attention_adapter", "adapter"), "silu", scale=1.0, dropout=0.0, norm=lambda seam: False
+    "pfeiffer": AdapterPlacement(
+        run=_pfeiffer, adapters=("adapter",), activation="relu", scale=1.0, dropout=0.0, norm=lambda seam: True
+    ),
+    "houlsby": AdapterPlacement(
+        run=_houlsby,
+        adapters=("attention_adapter", "adapter"),
+        activation="silu",
+        scale=1.0,
+        dropout=0.0,
+        norm=lambda seam: False,
     ),
 }
 # Where low-rank pairs are (MoSAConfig.method lora); the name is no choice of MoSAConfig.placement.
 QKVO = "qkvo"
-LORA = Placement(_qkvo, (), "", scale=LORA_SCALE, dropout=0.0, norm=lambda seam: False)
+_ALL: dict[str, Placement] = {**PLACEMENTS, QKVO: Placement(run=_qkvo, parts_at_input=True)}
 
 
 def placement_of(name: str) -> Placement:
     """The placement of a block by its name."""
-    return LORA if name == QKVO else PLACEMENTS[name]
+    return _ALL[name]
 
 
 def repeat_batch(x: Tensor, views: int) -> Tensor:

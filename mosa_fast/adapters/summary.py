@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from mosa_fast.backbones.heads import classifiers
-from mosa_fast.nn import SparseAdapter, SparseLoRA, SparseProjection
+from mosa_fast.nn import SparseProjection
+from mosa_fast.nn.mixture import MixtureLayer
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def summary(model: nn.Module) -> Summary:
         found[name] = found.get(name, Part(name)) + part
 
     for module in model.modules():
-        if isinstance(module, (SparseAdapter, SparseLoRA)):
+        if isinstance(module, MixtureLayer):
             for name, projection in (("down-projections", module.down), ("up-projections", module.up)):
                 add(name, _all(projection), stored=True, merged=projection.merged_parameters)
             norm = getattr(module, "norm", None)

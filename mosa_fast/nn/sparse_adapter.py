@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mosa_fast.config import MoSAConfig
+from mosa_fast.nn.mixture import MixtureLayer
 from mosa_fast.nn.projection import SparseProjection
 from mosa_fast.ops import sparse_adapter
-from mosa_fast.ops.reference import MERGED
-from mosa_fast.routing import as_seed, draw
+from mosa_fast.routing import as_seed
 
-FIXED = 0  # the expert of an adapter that is not routed
 SCALE = DROPOUT = 0.1  # AdaptFormer's, since a layer that stands alone is an adapter beside a branch
 
 
-class SparseAdapter(nn.Module):
+class SparseAdapter(MixtureLayer):
     """A bottleneck adapter whose weights are split among experts (paper, section 3).
 
     `y = x + skip + scale * up_e(drop(act(down_e(norm(x)))))`: parallel to a frozen branch whose output is `skip`.
@@ -63,11 +61,10 @@ class SparseAdapter(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        for name, value in (("activation", activation), ("scale", scale), ("dropout", dropout)):
+        for name, value in (("activation", activation), ("dropout", dropout)):
             if value == "auto":
                 raise ValueError(f"{name} must be given to a layer: 'auto' is for a placement in a model to choose")
-        self.config = MoSAConfig(
+        config = MoSAConfig(
             bottleneck=bottleneck,
             experts=experts,
             activation=activation,  # type: ignore[arg-type]
@@ -78,7 +75,7 @@ class SparseAdapter(nn.Module):
             merge=merge,  # type: ignore[arg-type]
             routing=routing,  # type: ignore[arg-type]
         )
-        config = self.config
+        super().__init__(config, device, dtype)
         self.activation = activation
         self.norm = nn.LayerNorm(dim, eps=norm_eps, device=device, dtype=dtype) if norm else None
         self.down = SparseProjection(
@@ -103,11 +100,6 @@ class SparseAdapter(nn.Module):
             device=device,
             dtype=dtype,
         )
-        self.scale: nn.Parameter | float
-        if config.scale == "trainable":
-            self.scale = nn.Parameter(torch.ones(1, device=device, dtype=dtype))
-        else:
-            self.scale = float(config.scale)
         self.dropout = dropout
 
     @classmethod
@@ -173,17 +165,13 @@ class SparseAdapter(nn.Module):
             add_input: add x to the result.
         """
         norm, dropout = self.norm, self.dropout if self.training else 0.0
-        down_init = self.down.init
-        fixed = self.config.routing == "fixed"
-        draws = self.training and experts is None and not fixed
         # Nothing is taken from torch's random state where nothing is random.
-        key = as_seed(seed if draws or dropout > 0 else 0, x.device)
-        if draws:
-            experts = draw(key, 1, 1, self.config.experts).experts[0]
-        elif experts is None:
-            experts = torch.full((1, 2), FIXED if fixed else MERGED, dtype=torch.int32, device=x.device)
-            if self.config.merge == "joint" and not fixed:
-                down_init = None
+        random = dropout > 0 or (experts is None and self.draws_experts)
+        key = as_seed(seed if random else 0, x.device)
+        down_init = self.down.init
+        if experts is None:
+            own, down_init = self.own_experts(key, x.device)
+            experts = own[0]
         return sparse_adapter(
             x,
             skip,
@@ -206,22 +194,12 @@ class SparseAdapter(nn.Module):
             eps=1.0 if norm is None else norm.eps,
         )
 
-    def merge(self) -> None:
-        """Replace the experts by the one dense adapter of evaluation, in place."""
-        expert = FIXED if self.config.routing == "fixed" else None
-        self.down.merge(self.config.merge, expert)
-        self.up.merge(self.config.merge, expert)
-        self.config = replace(self.config, experts=1)
-
     @property
     def merged_parameters(self) -> int:
         """Number of trained values that remain after merging: weights, one bias vector each, norm, trained scale."""
-        trained_scale = self.scale.numel() if isinstance(self.scale, nn.Parameter) else 0
-        projections = self.down.merged_parameters + self.up.merged_parameters
         norm = 0 if self.norm is None else sum(parameter.numel() for parameter in self.norm.parameters())
-        return projections + norm + trained_scale
+        return super().merged_parameters + norm
 
     def extra_repr(self) -> str:
         """What repr shows."""
-        scale = "trainable" if isinstance(self.scale, nn.Parameter) else self.scale
-        return f"activation={self.activation}, scale={scale}, dropout={self.dropout}"
+        return f"activation={self.activation}, {super().extra_repr()}, dropout={self.dropout}"

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mosa_fast.config import MoSAConfig
+from mosa_fast.nn.mixture import MixtureLayer
 from mosa_fast.nn.projection import SparseProjection
-from mosa_fast.nn.sparse_adapter import FIXED
 from mosa_fast.ops import sparse_lora
-from mosa_fast.ops.reference import MERGED
-from mosa_fast.routing import as_seed, draw
 
 
-class SparseLoRA(nn.Module):
+class SparseLoRA(MixtureLayer):
     """Low-rank pairs on a frozen linear, split among experts (MoSL; docs/method.md, MoSL).
 
     For every target, a range of the linear's output columns with a pair (A, B) of its own:
@@ -56,8 +53,7 @@ class SparseLoRA(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.config = MoSAConfig(
+        config = MoSAConfig(
             method="lora",
             rank=rank,
             experts=experts,
@@ -66,6 +62,7 @@ class SparseLoRA(nn.Module):
             merge=merge,  # type: ignore[arg-type]
             routing=routing,  # type: ignore[arg-type]
         )
+        super().__init__(config, device, dtype)
         self.columns = tuple(columns)
         widths = [stop - start for start, stop in self.columns]
         factory: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
@@ -74,11 +71,6 @@ class SparseLoRA(nn.Module):
             in_features, ranks, experts, split=share != "down", zero_init=False, bias=None, **factory
         )
         self.up = SparseProjection(rank, widths, experts, split=share != "up", zero_init=True, bias=None, **factory)
-        self.scale: nn.Parameter | float
-        if scale == "trainable":
-            self.scale = nn.Parameter(torch.ones(1, device=device, dtype=dtype))
-        else:
-            self.scale = float(scale)
 
     @property
     def draws(self) -> int:
@@ -105,13 +97,8 @@ class SparseLoRA(nn.Module):
             fork: let each of the V groups read all of x and y.
         """
         down_init = self.down.init
-        fixed = self.config.routing == "fixed"
-        if experts is None and self.training and not fixed:
-            experts = draw(as_seed(seed, x.device), self.draws, 1, self.config.experts).experts
-        elif experts is None:
-            experts = torch.full((self.draws, 1, 2), FIXED if fixed else MERGED, dtype=torch.int32, device=x.device)
-            if self.config.merge == "joint" and not fixed:
-                down_init = None
+        if experts is None:
+            experts, down_init = self.own_experts(seed, x.device)
         return sparse_lora(
             x,
             y,
@@ -127,20 +114,6 @@ class SparseLoRA(nn.Module):
             fork=fork,
         )
 
-    def merge(self) -> None:
-        """Replace the experts by the dense pairs of evaluation, in place."""
-        expert = FIXED if self.config.routing == "fixed" else None
-        self.down.merge(self.config.merge, expert)
-        self.up.merge(self.config.merge, expert)
-        self.config = replace(self.config, experts=1)
-
-    @property
-    def merged_parameters(self) -> int:
-        """Number of trained values that remain after merging."""
-        trained_scale = self.scale.numel() if isinstance(self.scale, nn.Parameter) else 0
-        return self.down.merged_parameters + self.up.merged_parameters + trained_scale
-
     def extra_repr(self) -> str:
         """What repr shows."""
-        scale = "trainable" if isinstance(self.scale, nn.Parameter) else self.scale
-        return f"columns={self.columns}, scale={scale}"
+        return f"columns={self.columns}, {super().extra_repr()}"

@@ -10,8 +10,9 @@ from test_composition import FAMILIES, make
 from tiny_models import TINY
 
 import mosa_fast as mosa
+from mosa_fast.adapters.block import AdaptedBlock
 from mosa_fast.adapters.fold import why_not_folded
-from mosa_fast.adapters.model import AdaptedBlock, adapters
+from mosa_fast.adapters.model import adapters
 
 NO = {  # families whose MLPs are not plain ones with the exact GELU after norm2
     "vit_tanh_gelu": "GELUTanh",

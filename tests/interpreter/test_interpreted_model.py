@@ -7,7 +7,7 @@ import torch
 from tiny_vit import make_tiny_vit
 
 import mosa_fast as mosa
-from mosa_fast.adapters.model import routed
+from mosa_fast.adapters.block import routed
 from mosa_fast.routing import draw, step_seed
 
 

@@ -1,0 +1,124 @@
+"""A timm block with its adapters, and what it computes with in a pass."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mosa_fast.adapters.linears import linears_of
+from mosa_fast.adapters.placements import placement_of, repeat_batch
+from mosa_fast.adapters.seams import seam_of
+from mosa_fast.adapters.wrapper import Wrapper
+from mosa_fast.backbones.frozen import draws_random_numbers
+from mosa_fast.nn import SparseAdapter
+from mosa_fast.routing import BlockRouting, Routing
+
+NOT_ROUTED = (
+    "an adapted block in training was not told which experts to use: call the adapted model itself, as in "
+    "model(images, views=2) or model.forward_features(images), or evaluate with model.eval(). Wrappers that checkpoint "
+    "the blocks forget them, too: call model.set_grad_checkpointing() instead"
+)
+
+
+class AdaptedBlock(Wrapper):
+    """A timm block, untouched, with its adapters.
+
+    Attributes:
+        block: timm's.
+        placement: the name of one (`placement_of`).
+        linears: those in the block that have low-rank pairs, in the order in which a routing counts their targets.
+        adapter_names: of its other adapters, in the order they run.
+        routing: what the adapters compute with in the pass that is running; None between passes.
+        outputs: receives the output of the pass that is running, if anybody wants it; None between passes.
+        grad_checkpointing: recompute this block in the backward pass in place of keeping its activations.
+    """
+
+    CHILD = "block"
+
+    def __init__(self, block: nn.Module, placement: str, adapters: Mapping[str, SparseAdapter] | None = None) -> None:
+        super().__init__()
+        self.placement = placement
+        self.linears = linears_of(block)
+        self.adapter_names = tuple(adapters or ())
+        self.routing: BlockRouting | None = None
+        self.outputs: list[Tensor] | None = None
+        self.grad_checkpointing = False
+        for name, adapter in (adapters or {}).items():
+            self.add_module(name, adapter)
+        self.block = block
+        self.train(block.training)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As timm's block, `[N, ...]` to the same; `[V * N, ...]` where the routing parts the views here.
+
+        Raises:
+            RuntimeError: there is no routing in training.
+        """
+        routing = self.routing
+        if routing is None and self.training:
+            raise RuntimeError(NOT_ROUTED)
+        if (
+            routing is not None
+            and routing.fork
+            and (placement_of(self.placement).parts_at_input or draws_random_numbers(self.block))
+        ):
+            x, routing = repeat_batch(x, routing.experts.shape[1]), routing._replace(fork=False)
+        if self.grad_checkpointing and self.training:
+            # To save torch's random state, the host waits for the GPU: done only where the frozen block draws from it.
+            draws = draws_random_numbers(self.block)
+            out = checkpoint(self._run, x, routing, args, kwargs, use_reentrant=False, preserve_rng_state=draws)
+        else:
+            out = self._run(x, routing, args, kwargs)
+        if self.outputs is not None:
+            self.outputs.append(out)
+        return out
+
+    def _run(self, x: Tensor, routing: BlockRouting | None, args: Any, kwargs: Any) -> Tensor:
+        seam, run = seam_of(self.block), placement_of(self.placement).run
+        attend = functools.partial(seam.attention, self.block, x, *args, **kwargs)
+        return seam.output(self.block, run(self.block, seam, self.linears or self.adapters(), attend, routing))
+
+    def adapters(self) -> list[Any]:
+        """This block's SparseAdapters in the order they run, or SparseLoRAs in that of their linears."""
+        # By name, since an adapter may have been wrapped since; a wrapped linear is called by timm.
+        return [linear.lora for linear in self.linears] or [getattr(self, name) for name in self.adapter_names]
+
+    @property
+    def draws(self) -> int:
+        """Pairs of experts that a pass draws for this block."""
+        return sum(adapter.draws for adapter in self.adapters())
+
+
+@contextmanager
+def routed(
+    blocks: Sequence[AdaptedBlock],
+    routing: Routing | None,
+    *,
+    fork: bool = False,
+    block_outputs: list[Tensor] | None = None,
+) -> Iterator[None]:
+    """Inside this context the blocks compute with the experts and seeds of a routing.
+
+    Args:
+        blocks: in the order they run.
+        routing: of all their adapters; None: evaluation, merged.
+        fork: the first block is given B samples and makes V * B of them; False: blocks are given all views.
+        block_outputs: receives every block's output.
+    """
+    try:
+        for block in blocks:
+            block.outputs = block_outputs
+        if routing is not None:
+            sizes = [block.draws for block in blocks]
+            parts = zip(blocks, routing.experts.split(sizes), routing.seeds.split(sizes), strict=True)
+            for index, (block, experts, seeds) in enumerate(parts):
+                block.routing = BlockRouting(experts, seeds, fork and index == 0)
+        yield
+    finally:
+        for block in blocks:
+            block.routing = block.outputs = None
