@@ -64,6 +64,7 @@ setup(
     extras_require={
         "compare": ["peft>=0.17"],  # LoRA as a contender of the benchmarks
         "data": ["datasets>=3", "webdataset>=0.2"],  # data.name timm: sets of the Hugging Face Hub, webdataset's shards
+        "int8": ["torchao>=0.14"],  # frozen backbones with weights in int8
         "log": ["tensorboard>=2.17"],  # curves while a run is running; used where it is installed
         "onnx": ONNX,
         "test": [
@@ -73,6 +74,7 @@ setup(
             "pytest>=8",
             "pytest-benchmark>=5",
             "pytest-timeout>=2.3",
+            "torchao>=0.14",
         ],
         "dev": ["build>=1.2", "mypy>=1.15", "ninja>=1.11", "pdoc>=15", "pre-commit>=4", "ruff>=0.14"],
     },
