@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.contenders import CONTENDERS, Entry, split_variant
 from benchmarks.learner import Batch, Learner
 from benchmarks.machine import copy_of
-from benchmarks.spec import CONFIG, VIEWS, Level, Mode, Spec
+from benchmarks.spec import CONFIG, LORA_CONFIG, OPERATORS, VIEWS, Level, Mode, Spec
 from benchmarks.timing import Work
 from benchmarks.workbench import Workbench, stream_dtypes
 
@@ -26,10 +26,7 @@ from benchmarks.workbench import Workbench, stream_dtypes
 # Roundings add up over the layers of a model.
 TOLERANCE = {"fp32": 1e-3, "bf16-mixed": 0.1, "bf16-true": 0.1}
 OPERATOR_TOLERANCE = {"fp32": 1e-5, "bf16-mixed": 2e-2, "bf16-true": 3e-2}
-COPY = "copy"  # the operator's yardstick: the bytes that our kernels plan to move, copied
-# Arrays of M * D elements (M tokens, D wide) that our kernels plan to move between memory and chip: forward reads x and
-# skip and writes the output; backward reads x and the output's gradient twice and writes the gradient of x.
-FORWARD_PASSES, BACKWARD_PASSES = 3, 5
+COPY = "copy"  # an operator's yardstick: the bytes that our kernels plan to move, copied
 
 
 @dataclass
@@ -55,7 +52,7 @@ class Contender:
 
     def wrong(self, spec: Spec, found: dict[str, Tensor]) -> str | None:
         """What is wrong with results that were found; None: nothing."""
-        tolerance = (OPERATOR_TOLERANCE if spec.case == "operator" else TOLERANCE)[spec.precision]
+        tolerance = (OPERATOR_TOLERANCE if spec.case in OPERATORS else TOLERANCE)[spec.precision]
         for name, value in found.items():
             if not value.isfinite().all():
                 return f"{name} is not finite"
@@ -85,11 +82,20 @@ def case(name: str) -> Callable[[_Case], _Case]:
 @case("operator")
 def operator_case(spec: Spec, device: torch.device) -> Makers:
     """The adapter alone, forward and backward, with the masks where there are any."""
+    return _with_copy(spec, device, _training(spec, device, "operator"))
 
+
+@case("lora")
+def lora_case(spec: Spec, device: torch.device) -> Makers:
+    """The low-rank pairs of a block's q and v alone, given what the linear reads and gives, forward and backward."""
+    return _with_copy(spec, device, _training(spec, device, "lora"))
+
+
+def _with_copy(spec: Spec, device: torch.device, makers: Makers) -> Makers:
     def copied() -> Contender:
         return Contender(COPY, {mode: copy_of(operator_work(spec, mode)[1], device) for mode in spec.modes}, dict)
 
-    return {COPY: copied, **_training(spec, device, "operator")}
+    return {COPY: copied, **makers}
 
 
 @case("block")
@@ -101,6 +107,12 @@ def block_case(spec: Spec, device: torch.device) -> Makers:
 @case("step")
 def step_case(spec: Spec, device: torch.device) -> Makers:
     """A whole training step: two views, loss, backward, masks, AdamW."""
+    return _training(spec, device, "model")
+
+
+@case("methods")
+def methods_case(spec: Spec, device: torch.device) -> Makers:
+    """A training step of every method, with the views that a run of it has."""
     return _training(spec, device, "model")
 
 
@@ -133,7 +145,7 @@ def _trained(bench: Workbench, name: str, entry: Entry) -> Contender:
         name,
         works,
         partial(bench.results, learner),
-        None if learner.mixture is None else partial(bench.expected, learner.mixture, dropout),
+        None if learner.mixture is None and learner.truth is None else partial(bench.expected, learner, dropout),
         state_bytes=bench.state_bytes(learner) if bench.level == "model" else None,
         compiled=_is_compiled(name),
         typical=dropout,
@@ -208,17 +220,27 @@ def _is_compiled(name: str) -> bool:
 
 
 def operator_work(spec: Spec, mode: Mode) -> tuple[float, int]:
-    """Operations, and the bytes that our kernels plan to move, of the operator.
+    """Operations, and the bytes that our kernels plan to move, of a case's operator, for M tokens D wide.
 
-    Two products of `2 M D r` operations forward, and backward two towards x (one is the forward's again) and two for
-    the weights: `12 M D r` for both.
+    The adapter: two products of `2 M D r` operations forward, and backward two towards x (one is the forward's again)
+    and two for the weights. Forward reads x and skip and writes the output; backward reads x and the output's gradient
+    twice and writes the gradient of x.
+
+    Low-rank pairs of T targets, W = T D columns of the linear's `O = 3 D`: forward `2 M (D T r + r W)`, backward twice
+    that. Forward reads x and y and writes the output; backward reads the gradient in W columns twice and x, and writes
+    the gradient of x.
     """
     elements = VIEWS * spec.images * spec.tokens * _width(spec.backbone)
-    stream, skip = (dtype.itemsize for dtype in stream_dtypes(spec.precision))
-    forward = (4.0 * elements * CONFIG.bottleneck, elements * (stream * (FORWARD_PASSES - 1) + skip))
-    backward = (8.0 * elements * CONFIG.bottleneck, elements * stream * BACKWARD_PASSES)
-    both = (forward[0] + backward[0], forward[1] + backward[1])
-    return {"all": both, "forward": forward, "backward": backward}[mode]
+    stream, product = (dtype.itemsize for dtype in stream_dtypes(spec.precision))
+    if spec.case == "operator":
+        operations = 4.0 * elements * CONFIG.bottleneck
+        moved = (elements * (2 * stream + product), elements * 5 * stream)
+    else:
+        targets = len(LORA_CONFIG.targets)
+        operations = 4.0 * elements * targets * LORA_CONFIG.rank
+        moved = (elements * (stream + 2 * 3 * product), elements * (2 * targets * product + 2 * stream))
+    forward, backward = (operations, moved[0]), (2 * operations, moved[1])
+    return {"forward": forward, "backward": backward, "all": (3 * operations, sum(moved))}[mode]
 
 
 @cache

@@ -1,8 +1,9 @@
-"""The registry of contenders: no adapters, ours, the paper's way of working, a dense adapter, LoRA.
+"""The registry of contenders: no adapters, ours, the paper's way of working, a dense adapter, LoRA, other methods.
 
 A contender is a function from a `Setting` to a `Learner`, registered under its name: a new one needs no change anywhere
 else. Where there is little time, those at the end of this file are left out first. All stand on the same frozen timm
-ViT (no dropout or drop-path of its own) with a trained head, and see two views of the same images.
+ViT (no dropout or drop-path of its own) with a trained head. All see two views of the same images, but for methods of a
+run that have one.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -18,18 +19,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from benchmarks import models
 from benchmarks.learner import Batch, Learner
 from benchmarks.models import Setting
+from benchmarks.ours import backends_of, best_backend, int8_backbone, method, ours
 from benchmarks.plain import CopiedAdapter, DenseAdapter, PlainModel
-from benchmarks.spec import CONFIG, VIEWS, Level, Spec
+from benchmarks.plain_lora import CopiedPairs, CopiedPairsModel, GivenTargets, PeftPairs, SeparateQKV
+from benchmarks.spec import CONFIG, DENSE_LORA_CONFIG, LORA_CONFIG, OPERATORS, VIEWS, Spec
 from mosa_fast.adapters.model import AdaptedModel, adapters
 from mosa_fast.adapters.placements import repeat_batch
-from mosa_fast.config import MoSAConfig
-from mosa_fast.ops import backend
-from mosa_fast.ops.backends import BACKENDS, unavailable_reason
-
-LORA_RANK = 16  # on q, k and v in timm's fused projection
+from mosa_fast.methods import METHODS, Method
+from mosa_fast.ops.backends import unavailable_reason
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,8 @@ class Entry:
 
 
 CONTENDERS: dict[str, Entry] = {}
-ALL_CASES = ("operator", "block", "step", "evaluation")
+ALL_CASES = ("operator", "block", "step", "evaluation")  # of adapters
+LORA_CASES = ("lora", "step")
 NO_ADAPTER, NO_ADAPTER_APART = "no adapter", "no adapter, two views"
 VARIANTS = ("compiled", "two views")  # ends of names; a variant has its contender's colour in the plots
 
@@ -117,70 +117,46 @@ def _without_adapters(setting: Setting, *, together: bool) -> Learner:
     return Learner(model, train, model)
 
 
-# Ours
+# Ours: adapters, and low-rank pairs (MoSL)
 
 
-def ours(
-    setting: Setting,
-    backend_name: str,
-    *,
-    config: MoSAConfig = CONFIG,
-    compiled: bool = False,
-    together: bool = True,
-) -> Learner:
-    """Our adapters on a backend; together: the views of a model run their beginning in common."""
-    mixture = setting.mixture(config)
-    model = setting.stored(mixture)
-    return mixture_learner(model, mixture, setting.level, backend_name, compiled=compiled, together=together)
+def _when_best(name: str, operator: str, spec: Spec, device: torch.device) -> bool:
+    return name == best_backend(device, operator)
 
 
-def mixture_learner(
-    model: AdaptedModel,
-    mixture: AdaptedModel,
-    level: Level,
-    backend_name: str,
-    *,
-    compiled: bool = False,
-    together: bool = True,
-) -> Learner:
-    """A model with our adapters that must compute what the mixture does."""
-    part = models.part_of(model, level)
-    run: Any = torch.compile(part, dynamic=False) if compiled else part
-
-    def train(batch: Batch, step: int) -> tuple[Tensor, ...]:
-        with backend(backend_name):
-            if level == "model" and not together:
-                return (models.run_apart(model, batch.joined, step),)
-            return (models.run_views(model, run, level, batch.joined, step),)
-
-    def evaluate(images: Tensor) -> Tensor:
-        with backend(backend_name):
-            return run(images)
-
-    return Learner(model, train, evaluate, mixture, list(adapters(model)))
+def _when_shown(name: str, operator: str, spec: Spec, device: torch.device) -> bool:
+    # Those that cannot serve here are rows with their reason; among the methods of a run, one backend is enough.
+    return spec.case != "methods" or _when_best(name, operator, spec, device)
 
 
-def best_backend(device: torch.device) -> str:
-    """What `auto` would take on the device."""
-    kernels = ("triton", "cuda") if device.type == "cuda" else ()
-    return next((name for name in kernels if unavailable_reason(name) is None), "reference")
-
-
-def _when_best(name: str, spec: Spec, device: torch.device) -> bool:
-    return name == best_backend(device)
-
-
-for _name in BACKENDS:
-    # Those that cannot serve here are rows with their reason, their variants are no rows.
-    contender(f"ours, {_name}", unavailable=partial(unavailable_reason, _name), views_together=True)(
-        partial(ours, backend_name=_name)
-    )
-    contender(f"ours, {_name}, two views", cases=("step",), when=partial(_when_best, _name))(
+for _title, _operator, _config, _cases in (
+    ("ours", "sparse_adapter", CONFIG, ALL_CASES),
+    ("MoSL", "sparse_lora", LORA_CONFIG, LORA_CASES),
+):
+    for _name in backends_of(_operator):
+        contender(
+            f"{_title}, {_name}",
+            (*_cases, "methods"),
+            when=partial(_when_shown, _name, _operator),
+            unavailable=partial(unavailable_reason, _name),
+            views_together=_title == "ours",  # pairs begin in the first block, where the views part
+        )(partial(ours, backend_name=_name, config=_config))
+for _name in backends_of("sparse_adapter"):  # a variant that cannot serve is no row
+    contender(f"ours, {_name}, two views", ("step",), when=partial(_when_best, _name, "sparse_adapter"))(
         partial(ours, backend_name=_name, together=False)
     )
 
 
-# Others
+def _int8_unavailable() -> str | None:
+    return None if importlib.util.find_spec("torchao") else 'torchao is not installed: pip install -e ".[int8]"'
+
+
+contender("ours, int8 backbone", ("step", "evaluation"), unavailable=_int8_unavailable, views_together=True)(
+    int8_backbone
+)
+
+
+# The paper's way of working
 
 
 @contender("paper")
@@ -188,26 +164,55 @@ def paper(setting: Setting, compiled: bool = False) -> Learner:
     """E copies, experts drawn by Python's generator, a whole forward for each view, masks after backward."""
     mixture = setting.mixture()
     copies = [CopiedAdapter(adapter) for adapter in adapters(mixture)]
-    model = PlainModel(setting.backbone, copies, setting.level, compiled)
+    return _by_copies(mixture, copies, PlainModel(setting.backbone, copies, setting.level, compiled))
+
+
+@contender("paper, MoSL", LORA_CASES)
+def paper_pairs(setting: Setting) -> Learner:
+    """The same with low-rank pairs."""
+    mixture = setting.mixture(LORA_CONFIG)
+    copies = [CopiedPairs(pairs) for pairs in adapters(mixture)]
+    return _by_copies(mixture, copies, CopiedPairsModel(setting.backbone, copies, setting.level))
+
+
+def _by_copies(
+    mixture: AdaptedModel,
+    copies: Sequence[CopiedAdapter | CopiedPairs],
+    model: PlainModel | CopiedPairsModel,
+) -> Learner:
     draws, number = random.Random(0), mixture.mosa_config.experts
+    count = sum(layer.draws for layer in adapters(mixture))
     given: list[list[int]] = []
 
     def route(experts: Tensor) -> None:
         given[:] = [experts[:, view, 1].tolist() for view in range(VIEWS)]
 
     def train(batch: Batch, step: int) -> tuple[Tensor, ...]:
-        routes = given or [[draws.randrange(number) for _ in copies] for _ in range(VIEWS)]
+        routes = given or [[draws.randrange(number) for _ in range(count)] for _ in range(VIEWS)]
         return tuple(model(*view, experts=route) for view, route in zip(batch.views, routes, strict=True))
 
     def mask_gradients() -> None:
-        for adapter in copies:
-            adapter.up.mask_gradients()
+        for copied in copies:
+            copied.mask_gradients()
 
     def merge() -> None:
-        for adapter in copies:
-            adapter.up.merge()
+        for copied in copies:
+            copied.merge()
 
-    return Learner(model, train, model, mixture, copies, True, route, mask_gradients, merge)
+    return Learner(
+        model,
+        train,
+        model,
+        mixture,
+        adapters=copies,
+        separate=True,
+        route=route,
+        after_backward=mask_gradients,
+        prepare_evaluation=merge,
+    )
+
+
+# Dense ones: AdaptFormer's adapter, and LoRA by the peft library
 
 
 @contender("dense")
@@ -218,35 +223,78 @@ def dense(setting: Setting) -> Learner:
     return Learner(model, lambda batch, step: (model(*batch.repeated()),), model)
 
 
-def _lora_unavailable() -> str | None:
+def _peft_unavailable() -> str | None:
     return None if importlib.util.find_spec("peft") else 'peft is not installed: pip install -e ".[compare]"'
 
 
-@contender("lora", cases=("block", "step", "evaluation"), unavailable=_lora_unavailable)
-def lora(setting: Setting) -> Learner:
-    """LoRA by the peft library on the fused q, k, v projections, two views in one batch."""
-    from peft import LoraConfig, get_peft_model
+@contender("peft, q and v", LORA_CASES, unavailable=_peft_unavailable)
+def peft_q_and_v(setting: Setting) -> Learner:
+    """LoRA on the targets that MoSL has, which stand apart for it; two views in one batch."""
+    mixture = setting.mixture(DENSE_LORA_CONFIG)
+    layers = list(adapters(mixture))
+    if setting.level == "lora":
+        model: Any = _with_peft(GivenTargets(layers[0]), ["q", "v"])
+        run = model.base_model.model
+        pairs = [PeftPairs([run.q, run.v], layers[0])]
+    else:
+        model = copy.deepcopy(setting.backbone)
+        for block in model.blocks:
+            block.attn.qkv = SeparateQKV(block.attn.qkv)
+        run = model = _with_peft(model, ["q", "v"], modules_to_save=["head"])
+        linears = [block.attn.qkv for block in model.base_model.model.blocks]
+        pairs = [PeftPairs([qkv.q, qkv.v], layer) for qkv, layer in zip(linears, layers, strict=True)]
+    return Learner(model, lambda batch, step: (run(*batch.repeated()),), model, mixture, adapters=pairs)
 
-    config = LoraConfig(r=LORA_RANK, lora_dropout=0.1, target_modules=["qkv"], modules_to_save=["head"])
-    model: Any = get_peft_model(copy.deepcopy(setting.backbone), config)
+
+@contender("peft, fused qkv", ("block", "step", "evaluation"), unavailable=_peft_unavailable)
+def peft_fused(setting: Setting) -> Learner:
+    """LoRA as it is put into timm's models: one pair on q, k and v together; two views in one batch."""
+    model = _with_peft(copy.deepcopy(setting.backbone), ["qkv"], modules_to_save=["head"])
     run = model if setting.level == "model" else model.base_model.model.blocks
     return Learner(model, lambda batch, step: (run(*batch.repeated()),), model)
+
+
+def _with_peft(model: nn.Module, targets: list[str], **options: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    rank = DENSE_LORA_CONFIG.rank
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, **options))
+
+
+# What else a run can train: from the registry of methods
+
+
+def _when_allowed(row: Method, spec: Spec, device: torch.device) -> bool:
+    return row.freezes_backbone or spec.precision != "bf16-true"
+
+
+for _row in METHODS.values():
+    # mosa is a contender above, with adapters and with pairs; scratch costs what full does.
+    if _row.name not in ("mosa", "scratch"):
+        contender(_row.name, ("methods",), when=partial(_when_allowed, _row))(partial(method, row=_row))
 
 
 # Under torch.compile
 
 
-def _when_best_compiled(name: str, spec: Spec, device: torch.device) -> bool:
+def _when_best_compiled(name: str, operator: str, spec: Spec, device: torch.device) -> bool:
     # The compiled reference is what a fused operator has to beat.
-    return spec.compiled and (name == best_backend(device) or (name == "reference" and spec.case == "operator"))
+    beaten = name == "reference" and spec.case in OPERATORS
+    return spec.compiled and (beaten or _when_best(name, operator, spec, device))
 
 
 def _when_compiled(spec: Spec, device: torch.device) -> bool:
     return spec.compiled
 
 
-for _name in BACKENDS:
-    contender(f"ours, {_name}, compiled", when=partial(_when_best_compiled, _name), views_together=True)(
+for _name in backends_of("sparse_adapter"):
+    _when = partial(_when_best_compiled, _name, "sparse_adapter")
+    contender(f"ours, {_name}, compiled", when=_when, views_together=True)(
         partial(ours, backend_name=_name, compiled=True)
+    )
+for _name in backends_of("sparse_lora"):
+    _when = partial(_when_best_compiled, _name, "sparse_lora")
+    contender(f"MoSL, {_name}, compiled", ("lora",), when=_when)(
+        partial(ours, backend_name=_name, config=LORA_CONFIG, compiled=True)
     )
 contender("paper, compiled", when=_when_compiled)(partial(paper, compiled=True))

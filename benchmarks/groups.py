@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from benchmarks.cases import COPY
 from benchmarks.contenders import CONTENDERS, NO_ADAPTER, NO_ADAPTER_APART
 from benchmarks.results import KEY, Row
+from benchmarks.spec import OPERATORS
 
 MODES = {"all": "forward and backward", "forward": "forward", "backward": "backward"}
 SUBJECTS = {
     "operator": "the adapter alone",
+    "lora": "low-rank pairs on q and v alone",
     "block": "a block with its adapter",
     "step": "a training step",
+    "methods": "a training step of every method",
     "evaluation": "evaluation",
 }
+LINEAR = "linear"
 Group = tuple[Any, ...]  # case, backbone, images, tokens, precision, mode
 
 
@@ -35,7 +40,7 @@ def subject(group: Group) -> str:
     """What was timed: "the adapter alone, forward and backward"."""
     case, mode = str(group[0]), group[-1]
     name = SUBJECTS.get(case, case)
-    return f"{name}, {MODES[mode]}" if case in ("operator", "block") else name
+    return f"{name}, {MODES[mode]}" if case in (*OPERATORS, "block") else name
 
 
 def shape(group: Group) -> str:
@@ -45,9 +50,22 @@ def shape(group: Group) -> str:
 
 
 def yardstick(group: Group, contender: str) -> str:
-    """The contender that another one's time is divided by: the same without adapters, and the same views in common."""
+    """The contender that another one's time is divided by: the same without adapters, and the same views in common.
+
+    Of operators it is the copy of the bytes that they plan to move; of the methods of a run, the linear probe.
+    """
+    if group[0] in OPERATORS:
+        return COPY
+    if group[0] == "methods":
+        return LINEAR
     apart = contender not in CONTENDERS or not CONTENDERS[contender].views_together
     return NO_ADAPTER_APART if group[0] == "step" and apart else NO_ADAPTER
+
+
+def yardstick_words(group: Group) -> str:
+    """What the yardstick does: "the linear probe"."""
+    words = dict.fromkeys(OPERATORS, "a copy of the planned bytes") | {"methods": "the linear probe"}
+    return words.get(str(group[0]), "the same work without adapters")
 
 
 def heading(results: dict[str, Any]) -> str:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from benchmarks.models import Inputs
-from benchmarks.plain import CopiedAdapter, gradient
+from benchmarks.plain import gradient
 from benchmarks.spec import VIEWS, Level
 from mosa_fast.adapters.model import AdaptedModel
 from mosa_fast.adapters.placements import repeat_batch
-from mosa_fast.nn import SparseAdapter
+from mosa_fast.nn.mixture import MixtureLayer
 
 
 class Batch:
@@ -44,6 +46,13 @@ class Batch:
         return [*self.joined, *(tensor for view in views for tensor in view)]
 
 
+class Copied(Protocol):
+    """A plain module that stands for one of our layers."""
+
+    def gradients(self) -> dict[str, Tensor]:
+        """By the names and in the shapes of our layer's parameters."""
+
+
 @dataclass
 class Learner:
     """A model as one way of working trains and evaluates it, at one level.
@@ -52,8 +61,11 @@ class Learner:
         module: everything, for its parameters.
         train: a batch and a step number to outputs: one tensor for all views, or one for each.
         evaluate: images to logits `[B, classes]`.
-        mixture: what its results must equal; None where the mathematics is another, and only finite results are asked.
+        mixture: what its results must equal.
+        truth: where there is no mixture, makes what its results must equal, in float32; None where the mathematics is
+            another, and only finite results are asked.
         adapters: those whose gradients are compared.
+        views: that a batch is passed in.
         separate: has a pass for each view.
         route: makes the views take given experts, int32 `[blocks, V, 2]`; None: their draw follows from the step.
         after_backward: what is done to the gradients before the optimizer's step.
@@ -64,7 +76,9 @@ class Learner:
     train: Callable[[Batch, int], tuple[Tensor, ...]]
     evaluate: Callable[[Tensor], Tensor]
     mixture: AdaptedModel | None = None
-    adapters: Sequence[CopiedAdapter | SparseAdapter] = ()
+    truth: Callable[[], Learner] | None = None
+    adapters: Sequence[MixtureLayer | Copied] = ()
+    views: int = VIEWS
     separate: bool = False
     route: Callable[[Tensor], None] | None = None
     after_backward: Callable[[], None] = lambda: None
@@ -75,15 +89,17 @@ class Learner:
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     def gradients(self) -> dict[str, Tensor]:
-        """Of the adapters' weights, by layer and name, in the compact form's shapes."""
-        return {
-            f"{index}.{name}": value
-            for index, adapter in enumerate(self.adapters)
-            for name, value in _gradients(adapter).items()
-        }
+        """Of the adapters' weights, by layer and name, in our layers' shapes; without adapters, of all as one."""
+        if self.adapters:
+            return {
+                f"{index}.{name}": value
+                for index, adapter in enumerate(self.adapters)
+                for name, value in _gradients(adapter).items()
+            }
+        return {"gradients": torch.cat([gradient(parameter).flatten() for parameter in self.trained()])}
 
 
-def _gradients(adapter: CopiedAdapter | SparseAdapter) -> dict[str, Tensor]:
-    if isinstance(adapter, CopiedAdapter):
-        return adapter.gradients()
-    return {name: gradient(parameter) for name, parameter in adapter.named_parameters()}
+def _gradients(adapter: MixtureLayer | Copied) -> dict[str, Tensor]:
+    if isinstance(adapter, MixtureLayer):
+        return {name: gradient(parameter) for name, parameter in adapter.named_parameters()}
+    return adapter.gradients()

@@ -21,7 +21,7 @@ from mosa_fast.config import MoSAConfig
 from mosa_fast.routing import Routing, as_seed, draw
 from mosa_fast.training.precision import store_frozen
 
-Inputs = tuple[Tensor, ...]  # (h, skip), (tokens,) or (images,)
+Inputs = tuple[Tensor, ...]  # (h, skip), (a linear's input, its output), (tokens,) or (images,)
 
 
 class Setting:
@@ -32,6 +32,7 @@ class Setting:
         level: which part of a model works.
         backbone: a frozen timm ViT with random weights and a trained head, its frozen weights as the spec's precision
             stores them; one block, unless whole models work.
+        float32: the same, all in float32.
     """
 
     def __init__(self, spec: Spec, device: torch.device, level: Level) -> None:
@@ -42,7 +43,7 @@ class Setting:
         assert isinstance(model, VisionTransformer)
         model.requires_grad_(False)
         model.head.requires_grad_(True)
-        self._float32 = model
+        self.float32 = model
         self._mixtures: list[tuple[MoSAConfig, AdaptedModel]] = []
         self.backbone = self.stored(model)
 
@@ -53,14 +54,14 @@ class Setting:
         return model
 
     def mixture(self, config: MoSAConfig = CONFIG) -> AdaptedModel:
-        """The backbone with our adapters, all in float32, made once for a config.
+        """The backbone with our layers, all in float32, made once for a config.
 
         Up-projections are random instead of zero, so that no gradient is zero.
         """
         for known, model in self._mixtures:
             if known == config:
                 return model
-        model = adapt(copy.deepcopy(self._float32), config)
+        model = adapt(copy.deepcopy(self.float32), config)
         generator = torch.Generator().manual_seed(1)
         for adapter in adapters(model):
             weight = adapter.up.weight
@@ -74,38 +75,47 @@ def blocks_of(mixture: AdaptedModel) -> list[AdaptedBlock]:
     return [module for module in mixture.modules() if isinstance(module, AdaptedBlock)]
 
 
-def draw_step(mixture: AdaptedModel, step: int, device: torch.device) -> Routing:
-    """The experts and dropout keys of a step's views, for all adapters."""
-    return draw(as_seed(step, device), len(list(adapters(mixture))), VIEWS, mixture.mosa_config.experts)
+def draw_step(mixture: AdaptedModel, step: int, device: torch.device, views: int = VIEWS) -> Routing:
+    """The experts and dropout keys of a step's views, for all adapters and pairs."""
+    config, draws = mixture.mosa_config, sum(block.draws for block in blocks_of(mixture))
+    routing = draw(as_seed(step, device), draws, views, config.experts)
+    return Routing(torch.zeros_like(routing.experts), routing.seeds) if config.routing == "fixed" else routing
 
 
 def part_of(mixture: AdaptedModel, level: Level) -> nn.Module:
     """What of a mixture works at a level."""
-    return {"operator": next(adapters(mixture)), "block": blocks_of(mixture)[0], "model": mixture}[level]
+    if level == "model":
+        return mixture
+    return blocks_of(mixture)[0] if level == "block" else next(adapters(mixture))
 
 
-def run_views(mixture: AdaptedModel, part: nn.Module, level: Level, inputs: Inputs, step: int) -> Tensor:
-    """Both views of a step, `[V * B, ...]`; those of a model run in common what is the same for both.
+def run_views(
+    mixture: AdaptedModel, part: nn.Module, level: Level, inputs: Inputs, step: int, views: int = VIEWS
+) -> Tensor:
+    """All views of a step, `[V * B, ...]`; those of a model run in common what is the same for both.
 
     Args:
         mixture: the model.
         part: what of it works at the level, or the same under torch.compile.
-        level: the adapter, the block or the model.
-        inputs: of both views; of a model, the images.
+        level: the layer, the block or the model.
+        inputs: of all views; of a model, the images.
         step: number of the step, from which experts and dropout follow.
+        views: how many.
     """
     device = inputs[0].device
     if level == "model":
-        return part(*inputs, views=VIEWS, seed=as_seed(step, device))
-    routing = draw_step(mixture, step, device)
+        return part(*inputs, views=views, seed=as_seed(step, device))
+    routing = draw_step(mixture, step, device, views)
     if level == "operator":
         return part(*inputs, routing.experts[0], seed=routing.seeds[0])
+    if level == "lora":
+        return part(*inputs, routing.experts)
     with routed(blocks_of(mixture), routing):
         return part(*inputs)
 
 
-def run_apart(mixture: AdaptedModel, inputs: Inputs, step: int) -> Tensor:
-    """Logits of both views of the images, `[V * B, classes]`, each of them from the pixels on, in one batch."""
+def run_apart(mixture: AdaptedModel, inputs: Inputs, step: int, views: int = VIEWS) -> Tensor:
+    """Logits of all views of the images, `[V * B, classes]`, each of them from the pixels on, in one batch."""
     (images,) = inputs
-    with routed(blocks_of(mixture), draw_step(mixture, step, images.device)):
-        return mixture.backbone(repeat_batch(images, VIEWS))
+    with routed(blocks_of(mixture), draw_step(mixture, step, images.device, views)):
+        return mixture.backbone(repeat_batch(images, views))

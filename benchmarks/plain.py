@@ -20,17 +20,19 @@ from benchmarks.spec import Level
 from mosa_fast.nn import SparseAdapter, SparseProjection
 
 
-class _Linear(nn.Linear):
+class Linear(nn.Linear):
     """A linear layer whose float32 weights are cast to its input's dtype."""
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        super().__init__(weight.shape[1], weight.shape[0], device="meta")  # nothing is drawn
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")  # nothing is drawn
         self.weight = nn.Parameter(weight.detach().clone())
-        self.bias = nn.Parameter(bias.detach().clone())
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach().clone())
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
-        return F.linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype), bias)
 
 
 class _Norm(nn.LayerNorm):
@@ -49,20 +51,24 @@ class _Norm(nn.LayerNorm):
 class CopiedProjection(nn.Module):
     """A split projection as E whole copies with a mask for each gradient, and one more copy that is evaluated."""
 
-    def __init__(self, compact: SparseProjection) -> None:
-        """Copies of the weights that each expert of the compact form computes with."""
+    def __init__(self, compact: SparseProjection, rows: slice = slice(None)) -> None:
+        """Copies of the weights that each expert of the compact form computes with; rows: those of one target."""
         super().__init__()
         assert compact.owner is not None
-        owner = compact.owner
-        origin = torch.zeros_like(compact.weight) if compact.init is None else compact.init
+        weight, owner = compact.weight[rows], compact.owner[rows]
+        origin = torch.zeros_like(weight) if compact.init is None else compact.init[rows]
+        biases = [None] * compact.experts if compact.bias is None else compact.bias_rows()[:, rows]
         self.masks: Tensor
         self.register_buffer("masks", torch.stack([owner == expert for expert in range(compact.experts)]))
         self.linears = [
-            _Linear(torch.where(mask, compact.weight, origin), bias)
-            for mask, bias in zip(self.masks, compact.bias_rows(), strict=True)
+            Linear(torch.where(mask, weight, origin), bias) for mask, bias in zip(self.masks, biases, strict=True)
         ]
         self.copies = nn.ModuleList(self.linears)
         self.merged = copy.deepcopy(self.linears[0]).requires_grad_(False)
+
+    def choose(self, expert: int | None) -> nn.Module:
+        """The copy of an expert; None: the merged one."""
+        return self.merged if expert is None else self.linears[expert]
 
     def mask_gradients(self) -> None:
         """Keep what each copy owns; copies that were not drawn have no gradient."""
@@ -70,11 +76,15 @@ class CopiedProjection(nn.Module):
             if linear.weight.grad is not None:
                 linear.weight.grad.mul_(mask)
 
+    def gradient(self) -> Tensor:
+        """Of the weight, in the compact form; copies that were not drawn have zeros."""
+        return torch.stack([gradient(linear.weight) for linear in self.linears]).sum(0)
+
     @torch.no_grad()
     def merge(self) -> None:
         """Average the copies."""
-        for name in ("weight", "bias"):
-            getattr(self.merged, name).copy_(torch.stack([getattr(linear, name) for linear in self.linears]).mean(0))
+        for name, merged in self.merged.named_parameters():
+            merged.copy_(torch.stack([getattr(linear, name) for linear in self.linears]).mean(0))
 
 
 class DenseAdapter(nn.Module):
@@ -85,13 +95,13 @@ class DenseAdapter(nn.Module):
         super().__init__()
         assert compact.norm is not None  # adaptformer, beside the MLP
         self.norm = _Norm(compact.norm)
-        self.down = _Linear(compact.down.weight, compact.down.bias_rows()[0])
+        self.down = Linear(compact.down.weight, compact.down.bias_rows()[0])
         self.up = self.make_up(compact.up)
         self.scale, self.dropout = compact.scale, compact.dropout
 
     def make_up(self, compact: SparseProjection) -> Any:
         """The up-projection."""
-        return _Linear(compact.weight, compact.bias_rows()[0])
+        return Linear(compact.weight, compact.bias_rows()[0])
 
     def choose(self, expert: int | None) -> nn.Module:
         """The only up-projection."""
@@ -112,14 +122,20 @@ class CopiedAdapter(DenseAdapter):
 
     def choose(self, expert: int | None) -> nn.Module:
         """The up-projection of an expert; None: the merged one."""
-        return self.up.merged if expert is None else self.up.linears[expert]
+        return self.up.choose(expert)
+
+    def mask_gradients(self) -> None:
+        """As the projection's."""
+        self.up.mask_gradients()
+
+    def merge(self) -> None:
+        """As the projection's."""
+        self.up.merge()
 
     def gradients(self) -> dict[str, Tensor]:
         """By the names and in the shapes of the compact form; copies that were not drawn have zeros."""
-        found = {
-            f"up.{name}": join([gradient(getattr(linear, name)) for linear in self.up.linears])
-            for name, join in (("weight", _sum), ("bias", torch.stack))
-        }
+        biases = torch.stack([gradient(linear.bias) for linear in self.up.linears])
+        found = {"up.weight": self.up.gradient(), "up.bias": biases}
         found |= {f"norm.{name}": gradient(parameter) for name, parameter in self.norm.named_parameters()}
         return found | {"down.weight": gradient(self.down.weight), "down.bias": gradient(self.down.bias)[None]}
 
@@ -127,10 +143,6 @@ class CopiedAdapter(DenseAdapter):
 def gradient(parameter: Tensor) -> Tensor:
     """A copy of its gradient; zeros where there is none."""
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().clone()
-
-
-def _sum(tensors: list[Tensor]) -> Tensor:
-    return torch.stack(tensors).sum(0)
 
 
 def _branch(adapter: nn.Module, up: nn.Module, h: Tensor, skip: Tensor) -> Tensor:

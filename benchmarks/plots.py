@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.cases import COPY
 from benchmarks.contenders import CONTENDERS, NO_ADAPTER, split_variant
-from benchmarks.groups import Group, groups, heading, shape, subject, timed, yardstick
+from benchmarks.groups import Group, groups, heading, shape, subject, timed, yardstick, yardstick_words
 from benchmarks.results import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 DPI = 120
-# Told apart by people who see no red or green, too (Okabe and Ito's, and matplotlib's for more contenders); the first
-# two are greys for what is no adapter.
+# Told apart by people who see no red or green, too (Okabe and Ito's, and Tol's and matplotlib's for more contenders);
+# the first two are greys for what is no adapter.
 COLORS = (
     *("#9a9a9a", "#555555", "#e69f00", "#d55e00", "#cc79a7", "#0072b2", "#56b4e9", "#009e73"),
+    *("#332288", "#117733", "#44aa99", "#88ccee", "#ddcc77", "#cc6677", "#aa4499", "#882255"),
     *("tab:olive", "tab:brown", "tab:purple", "tab:red", "tab:cyan", "tab:pink"),
 )
 HATCHES = {"compiled": "///", "two views": "..."}
@@ -40,10 +41,9 @@ def color(contender: str) -> str:
 def ratio(group: Group, rows: dict[str, Row], contender: str) -> float | None:
     """How many times the yardstick's time a contender takes; None where the yardstick has no time.
 
-    The yardstick of an operator is the copy of the bytes that it plans to move, that of everything else the same work
-    without adapters.
+    The yardsticks are those of `benchmarks.groups`.
     """
-    base = rows.get(COPY if group[0] == "operator" else yardstick(group, contender))
+    base = rows.get(yardstick(group, contender))
     return None if base is None else rows[contender]["ms"] / base["ms"]
 
 
@@ -78,9 +78,8 @@ def _bar_panel(axis: Axes, group: Group, rows: dict[str, Row]) -> None:
     axis.invert_yaxis()
     axis.set_xlim(0, 1.3 * max(row["high"] for row in rows.values()))  # room for what is written at the longest bar
     axis.spines[["top", "right"]].set_visible(False)
-    base = "a copy of the planned bytes" if group[0] == "operator" else "the same work without adapters"
     compared = any(ratio(group, rows, name) is not None for name in rows)
-    axis.set_xlabel(f"ms, and how many times that of {base}" if compared else "ms", fontsize="small")
+    axis.set_xlabel(f"ms, and how many times that of {yardstick_words(group)}" if compared else "ms", fontsize="small")
     what = subject(group)
     axis.set_title(f"{what[0].upper()}{what[1:]}\n{shape(group)}", fontsize="medium", loc="left")
 

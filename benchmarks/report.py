@@ -16,7 +16,7 @@ from benchmarks.groups import Group, groups, heading, shape, subject, timed, yar
 from benchmarks.plots import PLOTS
 from benchmarks.results import FOLDER, LEAST_RUNS, Row, markdown_table, read
 
-PAPER = "paper"
+PAPERS = ("paper", "paper, MoSL")  # the published way of working; pairs alone are compared with the second
 
 
 def memory(row: Row) -> float | None:
@@ -48,20 +48,24 @@ def table(group: Group, rows: list[Row]) -> str:
     peak = any(row["peak_mib"] is not None for row in rows)
     of_copy = any(row["of_copy"] is not None for row in rows)
     keeps = peak or (mode == "all" and case != "evaluation")
-    columns = ["", "ms (quartiles)", "images/s", "times the paper's speed"]
+    paper = next((by_name[name] for name in PAPERS if name in by_name), None)
+    against_paper, stored = case != "methods", case in ("step", "methods")
+    columns = ["", "ms (quartiles)", "images/s", *(["times the paper's speed"] if against_paper else [])]
     columns += ["of the copy's speed"] if of_copy else []
     columns += ["peak, MiB" if peak else "activations, MiB"] if keeps else []
-    columns += ["state, MiB", "adapter tax: time", "memory"] if case == "step" else []
+    columns += ["state, MiB"] if stored else []
+    columns += ["adapter tax: time", "memory"] if case == "step" else []
     lines = []
     for name, row in by_name.items():
-        faster = f"{by_name[PAPER]['ms'] / row['ms']:.2f}" if PAPER in by_name else ""
         cells = [name, f"{row['ms']:.2f} ({row['low']:.2f} to {row['high']:.2f})"]
-        cells += [f"{row['images_per_s']:,.{0 if row['images_per_s'] >= 100 else 1}f}", faster]
+        cells += [f"{row['images_per_s']:,.{0 if row['images_per_s'] >= 100 else 1}f}"]
+        cells += ["" if paper is None else f"{paper['ms'] / row['ms']:.2f}"] if against_paper else []
         cells += [_number(row["of_copy"], "{:.2f}")] if of_copy else []
         cells += [_number(memory(row), "{:,.0f}")] if keeps else []
+        cells += [_number(row["state_mib"], "{:,.1f}")] if stored else []
         if case == "step":
             time, space = tax.get(name, (None, None))
-            cells += [_number(row["state_mib"], "{:,.1f}"), _number(time, "{:+.1%}"), _number(space, "{:+.1%}")]
+            cells += [_number(time, "{:+.1%}"), _number(space, "{:+.1%}")]
         lines.append(cells)
     what = subject(group)
     parts = [f"**{what[0].upper()}{what[1:]}**: {shape(group)}", markdown_table(columns, lines)]
@@ -74,7 +78,7 @@ def table(group: Group, rows: list[Row]) -> str:
 
 def summary(results: dict[str, Any]) -> str:
     """What the README shows: the training steps."""
-    steps = [table(group, rows) for group, rows in groups(results).items() if group[0] == "step"]
+    steps = [table(group, rows) for group, rows in groups(results).items() if group[0] in ("step", "methods")]
     return "\n\n".join([heading(results), *steps])
 
 

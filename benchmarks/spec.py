@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mosa_fast.config import MoSAConfig, Precision
 
-Level = Literal["operator", "block", "model"]
+Level = Literal["operator", "lora", "block", "model"]
 Mode = Literal["all", "forward", "backward"]
 
 VIEWS = 2
 CLASSES = 200
 CONFIG = MoSAConfig(bottleneck=64, experts=4)  # the paper's for FGVC: parallel to the MLP, dense down-projection
+LORA_CONFIG = replace(CONFIG, method="lora")  # MoSL: pairs of rank 16 on q and v
+DENSE_LORA_CONFIG = replace(LORA_CONFIG, experts=1)
+OPERATORS = ("operator", "lora")  # cases of one operator alone
 
 
 @dataclass(frozen=True)

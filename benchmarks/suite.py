@@ -15,7 +15,7 @@ from benchmarks.cases import CASES, COPY, Contender, free_memory, operator_work
 from benchmarks.contenders import best_backend
 from benchmarks.machine import environment, speeds
 from benchmarks.results import KEY, MEASURED, NO_TIME, Row
-from benchmarks.spec import CONFIG, Mode, Spec
+from benchmarks.spec import CONFIG, OPERATORS, Mode, Spec
 from benchmarks.timing import (
     MIB,
     Clock,
@@ -54,6 +54,8 @@ def _gpu_specs() -> tuple[Spec, ...]:
         Spec("step", base, 128, "fp32", repeats=5, weight=2),
         Spec("operator", base, 128, "fp32", compiled=True, repeats=30, weight=2),
         Spec("block", base, 128, "bf16-mixed", compiled=True, repeats=20, weight=3),
+        Spec("lora", base, 128, "bf16-mixed", compiled=True, repeats=30, weight=2),
+        Spec("methods", base, 128, "bf16-mixed", weight=2),
         Spec("evaluation", base, 128, "bf16-mixed", compiled=True, weight=4),
         Spec("evaluation", base, 128, "fp32", repeats=5),
     ]
@@ -67,33 +69,54 @@ def _operator_specs() -> tuple[Spec, ...]:
     others = ("vit_small_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224")  # 384, 1,024 and 1,280 wide
     modes: tuple[Mode, ...] = ("forward", "backward", "all")
     shapes = [(base, 64), (base, 128), *((name, images) for name in (base, *others) for images in (4, 512))]
-    return tuple(
+    adapters = [(name, images, name == base) for name, images in shapes]
+    return (
         # torch.compile takes longer than everything else: at one width only
-        Spec("operator", name, images, "bf16-true", compiled=name == base, modes=modes, weight=3 if name == base else 1)
-        for name, images in shapes
+        *(
+            Spec("operator", name, images, "bf16-true", compiled=compiled, modes=modes, weight=3 if compiled else 1)
+            for name, images, compiled in adapters
+        ),
+        *(Spec("lora", base, images, "bf16-true", modes=modes) for images in (4, 128)),
     )
 
 
 def _quick_specs() -> tuple[Spec, ...]:
-    tiny = "vit_tiny_patch16_224"
+    tiny, small = "vit_tiny_patch16_224", "vit_small_patch16_224"
     # The longest come last, and have the time that the others left: on slow cores they would leave none.
     return (
         *(Spec("operator", tiny, images, "fp32") for images in (2, 32)),
         *(Spec("operator", tiny, 8, "fp32", tokens=count) for count in (50, 577)),
+        Spec("lora", tiny, 8, "fp32"),
         Spec("block", tiny, 4, "fp32"),
         Spec("evaluation", tiny, 4, "fp32"),
         Spec("operator", tiny, 8, "fp32", compiled=True, weight=4),
-        Spec("step", "vit_base_patch16_224", 1, "fp32", weight=6),
+        Spec("methods", small, 1, "fp32", weight=3),
+        Spec("step", small, 1, "fp32", weight=5),
+    )
+
+
+def _full_specs() -> tuple[Spec, ...]:
+    base = "vit_base_patch16_224"
+    return (
+        *(Spec(case, base, 8, "fp32") for case in OPERATORS),
+        Spec("block", base, 4, "fp32"),
+        Spec("evaluation", base, 4, "fp32"),
+        Spec("methods", base, 1, "fp32", weight=4),
+        Spec("step", base, 1, "fp32", weight=6),
     )
 
 
 SUITES = {
     "quick": Suite(_quick_specs(), 2),
+    "full": Suite(_full_specs(), 8),
     "gpu": Suite(_gpu_specs(), 8, gpu=True),
     "operator": Suite(
         _operator_specs(),
         2,
-        (COPY, "ours, reference", "ours, reference, compiled", "ours, triton", "ours, cuda"),
+        (
+            *(COPY, "ours, reference", "ours, reference, compiled", "ours, triton", "ours, cuda"),
+            *("MoSL, reference", "MoSL, triton", "peft, q and v"),
+        ),
         gpu=True,
     ),
 }
@@ -240,7 +263,7 @@ def _rows(preparation: _Preparation, index: int) -> Iterator[Row]:
             row |= _time(spec, timings[name], timings.get(COPY))
             if preparation.device.type == "cuda":
                 row["peak_mib"] = round(peak_memory(works[name]), 1)
-            if spec.case == "operator":
+            if spec.case in OPERATORS:
                 row["operations"], row["planned_bytes"] = operator_work(spec, mode)
             if mode == "all":
                 state = ready[name].state_bytes

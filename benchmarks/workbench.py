@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import models
-from benchmarks.contenders import mixture_learner
 from benchmarks.learner import Batch, Learner
 from benchmarks.models import Setting
+from benchmarks.ours import mixture_learner
 from benchmarks.spec import CLASSES, VIEWS, Level, Spec
 from mosa_fast.adapters.model import AdaptedModel
 from mosa_fast.config import LossConfig, Precision
@@ -37,9 +37,10 @@ class Workbench:
         generator = torch.Generator(device).manual_seed(0)
         self.batches = [self._batch(generator) for _ in range(BATCHES)]
         self.labels = torch.randint(CLASSES, (spec.images,), generator=generator, device=device)
-        self._expected: dict[tuple[int, bool], dict[str, Tensor]] = {}
-        first = self.batches[0].joined
-        self.grad = torch.randn(first[0].shape, generator=generator, device=device).to(first[0].dtype)
+        self._expected: dict[tuple[int, int, bool], dict[str, Tensor]] = {}
+        joined = self.batches[0].joined
+        # Of the shape that a layer or a block gives: the last input's, that of h or the linear's output.
+        self.grad = torch.randn(joined[-1].shape, generator=generator, device=device).to(joined[0].dtype)
 
     def _batch(self, generator: torch.Generator) -> Batch:
         spec = self.spec
@@ -47,8 +48,10 @@ class Workbench:
             shapes = [(spec.images, 3, *self.setting.backbone.patch_embed.img_size)]
             dtypes = [input_dtype(spec.precision)]
         else:
-            dtypes = list(stream_dtypes(spec.precision))[: 2 if self.level == "operator" else 1]
-            shapes = [(VIEWS * spec.images, spec.tokens, self.setting.backbone.embed_dim)] * len(dtypes)
+            width = self.setting.backbone.embed_dim
+            widths = {"operator": (width, width), "lora": (width, 3 * width), "block": (width,)}[self.level]
+            shapes = [(VIEWS * spec.images, spec.tokens, width) for width in widths]
+            dtypes = list(stream_dtypes(spec.precision))[: len(widths)]
         drawn = [
             torch.randn(shape, generator=generator, device=self.device).to(dtype)
             for shape, dtype in zip(shapes, dtypes, strict=True)
@@ -94,7 +97,7 @@ class Workbench:
         """
         dropout = learner.route is None if dropout is None else dropout
         if learner.route is not None and learner.mixture is not None:
-            learner.route(models.draw_step(learner.mixture, CHECKED_STEP, self.device).experts)
+            learner.route(models.draw_step(learner.mixture, CHECKED_STEP, self.device, learner.views).experts)
         batch = exact or self.batches[0]
         with _dropout(learner, dropout):
             forward = learner.train if exact else partial(self.forward, learner)
@@ -112,16 +115,24 @@ class Workbench:
         for tensor in (*learner.trained(), *batch.tensors()):
             tensor.grad = None
 
-    def expected(self, mixture: AdaptedModel, dropout: bool) -> dict[str, Tensor]:
-        """The same by the reference in float32."""
-        key = (id(mixture), dropout)
+    def expected(self, learner: Learner, dropout: bool) -> dict[str, Tensor]:
+        """What a learner that has a mixture or a truth should find, in float32; of a mixture, by the reference."""
+        if learner.mixture is None:
+            assert learner.truth is not None
+            return self._exact(learner.truth(), dropout)
+        key = (id(learner.mixture), learner.views, dropout)
         if key not in self._expected:
-            oracle = mixture_learner(mixture, mixture, self.level, "reference", together=False)
-            oracle.module.train()
-            joined = self.batches[0].joined
-            exact = tuple(tensor.detach().float().requires_grad_(tensor.requires_grad) for tensor in joined)
-            self._expected[key] = self.results(oracle, dropout=dropout, exact=Batch(exact, self.level))
+            oracle = mixture_learner(
+                learner.mixture, learner.mixture, self.level, "reference", views=learner.views, together=False
+            )
+            self._expected[key] = self._exact(oracle, dropout)
         return self._expected[key]
+
+    def _exact(self, oracle: Learner, dropout: bool) -> dict[str, Tensor]:
+        oracle.module.train()
+        joined = self.batches[0].joined
+        exact = tuple(tensor.detach().float().requires_grad_(tensor.requires_grad) for tensor in joined)
+        return self.results(oracle, dropout=dropout, exact=Batch(exact, self.level))
 
     def merged_logits(self, mixture: AdaptedModel) -> dict[str, Tensor]:
         """Logits of the first batch by the reference in float32."""
@@ -133,10 +144,11 @@ class Workbench:
 
     def state_bytes(self, learner: Learner) -> int:
         """Bytes of everything but the frozen backbone: weights, copies, masks and maps, and AdamW's two moments."""
-        backbone = self.setting.backbone
+        backbone, trained = self.setting.backbone, _nbytes(learner.trained())
         frozen = _nbytes(p for p in backbone.parameters() if not p.requires_grad) + _nbytes(backbone.buffers())
         everything = _nbytes(learner.module.parameters()) + _nbytes(learner.module.buffers())
-        return everything - frozen + 2 * _nbytes(learner.trained())
+        # What a method trains of the backbone is not frozen: only what it does not train can be.
+        return everything - min(frozen, everything - trained) + 2 * trained
 
 
 def stream_dtypes(precision: Precision) -> tuple[torch.dtype, torch.dtype]:
@@ -151,11 +163,11 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
 
 @contextmanager
 def _dropout(learner: Learner, wanted: bool) -> Iterator[None]:
-    rates = [adapter.dropout for adapter in learner.adapters]
+    rates = {adapter: adapter.dropout for adapter in learner.adapters if hasattr(adapter, "dropout")}
     try:
-        for adapter, rate in zip(learner.adapters, rates, strict=True):
+        for adapter, rate in rates.items():
             adapter.dropout = rate if wanted else 0.0
         yield
     finally:
-        for adapter, rate in zip(learner.adapters, rates, strict=True):
+        for adapter, rate in rates.items():
             adapter.dropout = rate

@@ -21,7 +21,7 @@ from torch import nn
 import mosa_fast as mosa
 from mosa_fast.adapters.block import AdaptedBlock
 from mosa_fast.adapters.fold import is_exact_gelu, why_not_folded
-from mosa_fast.adapters.seams import seam_of
+from mosa_fast.adapters.seams import lora_targets, seam_of
 
 FILE = Path(__file__).parent / "backbones.md"
 FAMILIES = (  # timm's modules, in the order of the table
@@ -42,6 +42,7 @@ class Row:
     norm2: str
     adaptformer: str
     folds: str
+    lora: str
 
     @property
     def is_adapted(self) -> bool:
@@ -64,7 +65,7 @@ def describe(family: str, model: nn.Module) -> Row:
         adapted = mosa.adapt(model, SMALLEST)
     except ValueError as error:
         kind = str(error).split(" is a ")[-1].split(",")[0]
-        return Row(family, kind, "-", "-", f"no: {str(error).split(': ')[-1]}", "no")
+        return Row(family, kind, "-", "-", f"no: {str(error).split(': ')[-1]}", "no", "no")
     rows = {describe_block(family, block) for block in adapted.modules() if isinstance(block, AdaptedBlock)}
     if len(rows) != 1:
         raise RuntimeError(f"{family}: blocks of different kinds in one model: {rows}")
@@ -83,7 +84,16 @@ def describe_block(family: str, block: AdaptedBlock) -> Row:
         f"{type(norm).__name__}, eps {norm.eps:g}" + (", after the MLP" if seam.norm_after_mlp else ""),
         "inside the MLP" if seam.inside else "beside the MLP",
         why_not_folded(block) or "exactly",
+        describe_targets(block.block),
     )
+
+
+def describe_targets(block: nn.Module) -> str:
+    """The linears in which low-rank pairs find a block's q, k, v and o."""
+    linears: dict[str, list[str]] = {}
+    for name, target in lora_targets(block).items():
+        linears.setdefault(target.path.removeprefix("attn."), []).append(name)
+    return "; ".join(f"{', '.join(names)}: `{linear}`" for linear, names in linears.items())
 
 
 def table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
@@ -125,9 +135,11 @@ What of timm's pretrained transformers can be adapted: {sums[-1][2]} of {sums[-1
 {table(("family", "pretrained tags", "can be adapted", "fold exactly"), sums)}
 
 The placements pfeiffer and houlsby work wherever adaptformer does; where adaptformer sits differs, see
-[method.md](method.md#placements). `fold(model)` is exact where the last column but one says so.
+[method.md](method.md#placements). `fold(model)` is exact for adapters where the column says so. Low-rank pairs (MoSL)
+can be on q, k, v and o of every model that can be adapted, in the linears of its attention that are named here (k's and
+v's are narrower where queries are grouped), and fold exactly everywhere.
 
-{table(("family", "block", "tags", "MLP", "norm2", "adaptformer sits", "folds", "example"), rows)}
+{table(("family", "block", "tags", "MLP", "norm2", "adaptformer sits", "folds", "LoRA targets", "example"), rows)}
 """
 
 

@@ -31,7 +31,7 @@ from mosa_fast.run_folder import RunFolder
 from mosa_fast.sweep_table import Options, Results, Row, groups, make_rows, table
 
 SEARCH = ("--test=false", "--data.mode=tune")  # validation images are held out, test images are not read
-FOLDERS_OF_PARTS = ("base", "backbones")  # what recipes are made from
+FOLDERS_OF_PARTS = ("base", "backbones", "methods")  # what recipes are made from
 STOPPED = (130, 143, -2, -15)  # exit codes of a run that SIGINT or SIGTERM stopped
 TABLE = "table.md"
 

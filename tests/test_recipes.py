@@ -7,6 +7,8 @@ from functools import cache
 import pytest
 import torch
 
+from mosa_fast.adapters.model import adapters
+from mosa_fast.adapters.placements import PLACEMENTS
 from mosa_fast.backbones.create import create_backbone
 from mosa_fast.config import TrainConfig
 from mosa_fast.data import load_data
@@ -15,11 +17,12 @@ from mosa_fast.data.gicd import TASKS as GICD
 from mosa_fast.data.vtab import TASKS as VTAB
 from mosa_fast.methods import METHODS
 from mosa_fast.recipes import find_recipe, load_grid, load_recipe, merge, packaged
+from mosa_fast.sweep import FOLDERS_OF_PARTS
 from mosa_fast.train import parse
 from mosa_fast.training.model import build_model, count_trained
 
 ROOT = packaged()
-PARTS = ("base", "backbones")
+PARTS = FOLDERS_OF_PARTS
 RECIPES = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.yaml") if p.parent.name not in PARTS)
 BACKBONES = sorted(p.stem for p in (ROOT / "backbones").glob("*.yaml"))
 CLASSES = {**{task: fgvc.classes for task, fgvc in SETS.items()}, "multitask": MULTITASK_CLASSES, **VTAB, **GICD}
@@ -93,7 +96,9 @@ def test_recipes_have_the_papers_settings(name):
     setting = (optim.lr, adapter.bottleneck, adapter.experts, adapter.share, loss.deep_reg, optim.batch_size)
     assert setting == PAPER[name]
     assert (config.method, optim.optimizer, optim.weight_decay) == ("mosa", "adamw", 0.01)
-    assert (adapter.scale, adapter.dropout, adapter.merge, adapter.seed) == (0.1, 0.1, "mean", 3407)
+    assert (adapter.scale, adapter.dropout, adapter.merge, adapter.seed) == ("auto", "auto", "mean", 3407)
+    placement = PLACEMENTS[adapter.placement]
+    assert (placement.scale, placement.dropout) == (0.1, 0.1)
     views = METHODS[config.method].views_of(loss.views)
     assert (views, loss.add_weight, loss.reg_weight) == (2, 0, 1)
     swin = name.startswith("swin")
@@ -123,6 +128,39 @@ def test_models_of_the_recipes_have_the_papers_size(recipe):
     assert counts["head_weights"] == 769 * model.num_classes
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     assert frozen == 85_798_656
+
+
+# Rows of configs/README.md, Other methods: (words after a recipe, trained weights with fgvc/cub)
+OTHERS = [
+    (words.split(), int(count.replace(",", "")))
+    for words, count in re.findall(r"^\| [^|]+ \| `(--[^`]+)` \| ([\d,]+) \|$", (ROOT / "README.md").read_text(), re.M)
+]
+
+
+def test_there_is_a_way_to_every_method_from_every_recipe():
+    described = [parse(["--config", "fgvc/cub", *words])[0] for words, _ in OTHERS]
+    assert {config.method for config in described} == set(METHODS)
+    assert {(config.method, config.adapter.method) for config in described} >= {("mosa", "lora"), ("mosa", "adapter")}
+
+
+@pytest.mark.parametrize(("words", "count"), OTHERS, ids=lambda value: value[-1] if isinstance(value, list) else "")
+def test_other_methods_after_a_recipe_build_and_train_what_the_table_says(words, count):
+    """On fine-grained sets and on VTAB-1k; the scale of adapters elsewhere and of pairs is their own, not 0.1."""
+    for recipe in ("fgvc/cub", "vtab/dtd"):
+        config = parse(["--config", recipe, *words])[0]
+        default = config_of(recipe)
+        assert (config.data, config.loss, config.seed) == (default.data, default.loss, default.seed)
+        assert (config.optim.epochs, config.optim.warmup_epochs) == (100, 10)
+        if "--config" not in words:
+            assert config.optim == default.optim
+        model = build(config, CLASSES[config.data.task])
+        counts = count_trained(model)
+        assert counts["head_weights"] == 769 * model.num_classes
+        if recipe == "fgvc/cub" or config.method not in ("mosa", "adapter", "random_mask"):
+            assert counts["trained_weights"] == count
+        if METHODS[config.method].has_adapters:
+            elsewhere = config.adapter.placement != "adaptformer" or "lora" in words
+            assert {adapter.scale for adapter in adapters(model)} == {1.0 if elsewhere else 0.1}
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

@@ -8,7 +8,10 @@ from benchmarks.cases import COPY
 from benchmarks.contenders import CONTENDERS, split_variant
 from benchmarks.results import KEY, MEASURED
 
-NAMES = ("no adapter", "no adapter, two views", "ours, reference", "ours, reference, two views", "paper", "lora")
+NAMES = (
+    *("no adapter", "no adapter, two views", "ours, reference", "ours, reference, two views", "paper"),
+    "peft, fused qkv",
+)
 OPERATORS = (COPY, "no adapter", "ours, reference", "ours, reference, compiled", "paper")
 
 

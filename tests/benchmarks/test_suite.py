@@ -9,17 +9,30 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import __main__, cases, contenders, plain, report, results, suite
+from benchmarks import __main__, cases, contenders, ours, plain, plain_lora, plots, report, results, suite
 from benchmarks.cases import CASES, operator_work
 from benchmarks.contenders import CONTENDERS
-from benchmarks.spec import Spec
+from benchmarks.spec import CLASSES, Spec
 from benchmarks.timing import saved_memory
 from benchmarks.workbench import Workbench
+from mosa_fast.methods import METHODS
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent.parent
 SMALL = "test_vit"  # timm's smallest
 MODES = ("all", "forward", "backward")
+ADAPTERS = ("no adapter", "paper", "dense", "ours, reference")
+PAIRS = ("MoSL, reference", "paper, MoSL")
+BACKBONE_TRAINED = ("bias", "partial", "full")
+TIMED = {
+    **dict.fromkeys(("operator", "block", "evaluation"), ADAPTERS),
+    "lora": ("copy", *PAIRS),
+    "step": (*ADAPTERS, *PAIRS),
+    "methods": (
+        *("ours, reference", "MoSL, reference", "adapter", "lora", "random_mask", "linear"),
+        *BACKBONE_TRAINED,
+    ),
+}
 
 
 def spec(case, precision="fp32", **options):
@@ -30,33 +43,45 @@ def spec(case, precision="fp32", **options):
 @pytest.mark.parametrize("case", CASES)
 def test_every_case_times_what_runs_here(case, precision):
     rows = {row["contender"]: row for row in suite.measure(spec(case, precision), CPU)}
-    for name in ("no adapter", "paper", "dense", "ours, reference"):
+    for name in TIMED[case]:
+        if name in BACKBONE_TRAINED and precision == "bf16-true":
+            assert name not in rows
+            continue
         assert rows[name]["ms"] > 0, rows[name]["reason"]
         assert rows[name]["low"] <= rows[name]["ms"] <= rows[name]["high"]
-    if not torch.cuda.is_available():
-        assert "no GPU" in rows["ours, triton"]["reason"]
-        assert rows["ours, triton"]["ms"] is None
+    if not torch.cuda.is_available() and case != "methods":
+        triton = rows["MoSL, triton" if case == "lora" else "ours, triton"]
+        assert "no GPU" in triton["reason"]
+        assert triton["ms"] is None
+    state = {name: row["state_mib"] for name, row in rows.items()}
     if case == "step":
-        state = {name: row["state_mib"] for name, row in rows.items()}
         assert state["no adapter"] < state["ours, reference"] < state["paper"]
+        assert state["MoSL, reference"] < state["paper, MoSL"]
+    if case == "methods" and precision != "bf16-true":
+        assert state["linear"] < state["bias"] < state["partial"] < state["full"]
+        assert state["adapter"] < state["ours, reference"]
+        kept = {name: row["saved_mib"] for name, row in rows.items()}
+        assert kept["linear"] < kept["partial"] < kept["adapter"] < kept["ours, reference"]
 
 
-@pytest.mark.parametrize("case", ["operator", "block"])
-def test_forward_and_backward_can_be_timed_alone(case):
-    rows = suite.measure(spec(case, modes=MODES), CPU, contenders=("copy", "ours, reference"))
-    assert [row["mode"] for row in rows if row["contender"] == "ours, reference"] == list(MODES)
+@pytest.mark.parametrize(
+    ("case", "name"), [("operator", "ours, reference"), ("block", "ours, reference"), ("lora", "MoSL, reference")]
+)
+def test_forward_and_backward_can_be_timed_alone(case, name):
+    rows = suite.measure(spec(case, modes=MODES), CPU, contenders=("copy", name))
+    assert [row["mode"] for row in rows if row["contender"] == name] == list(MODES)
     assert all(row["ms"] > 0 for row in rows)
-    if case == "operator":
+    if case != "block":
         work = [(row["operations"], row["planned_bytes"]) for row in rows if row["contender"] == "copy"]
         assert work[0] == tuple(map(sum, zip(*work[1:], strict=True)))
         of_copy = {row["contender"]: row["of_copy"] for row in rows}
         assert of_copy["copy"] == 1
-        assert 0 < of_copy["ours, reference"] < 1
+        assert 0 < of_copy[name] < 1
 
 
 def test_each_mode_runs_its_part_and_leaves_no_gradients_to_the_next():
     bench = Workbench(spec("operator"), CPU, "operator")
-    learner = contenders.ours(bench.setting, "reference")
+    learner = ours.ours(bench.setting, "reference")
     learner.module.train()
     ran = []
     for name in ("forward", "backward"):
@@ -82,13 +107,59 @@ def test_each_mode_runs_its_part_and_leaves_no_gradients_to_the_next():
 def test_the_papers_way_computes_the_same(level):
     bench = Workbench(spec("step" if level == "model" else level), CPU, level)
     learner = contenders.paper(bench.setting)
-    learner.module.train()
-    found, expected = bench.results(learner), bench.expected(learner.mixture, dropout=False)
-    assert found.keys() == expected.keys()
+    expected = same_as_expected(bench, learner)
     assert {"output", "0.up.weight", "0.up.bias", "0.down.weight", "0.norm.weight"} <= expected.keys()
+
+
+def same_as_expected(bench, learner):
+    """What a learner without dropout should find, and finds."""
+    learner.module.train()
+    found, expected = bench.results(learner, dropout=False), bench.expected(learner, dropout=False)
+    assert found.keys() == expected.keys()
     for name, truth in expected.items():
         assert truth.any(), name
         torch.testing.assert_close(found[name], truth, rtol=1e-4, atol=1e-5 * truth.abs().max().item())
+    return expected
+
+
+@pytest.mark.parametrize("make", ["paper_pairs", "peft_q_and_v"])
+@pytest.mark.parametrize("level", ["lora", "model"])
+def test_plain_pairs_and_pefts_compute_what_ours_do(level, make):
+    if make.startswith("peft"):
+        pytest.importorskip("peft")
+    bench = Workbench(spec("step" if level == "model" else level), CPU, level)
+    expected = same_as_expected(bench, getattr(contenders, make)(bench.setting))
+    assert {"output", "0.up.weight", "0.down.weight"} <= expected.keys()
+
+
+@pytest.mark.parametrize("name", ["bias", "partial", "linear", "full", "adapter", "lora", "random_mask"])
+def test_methods_train_what_their_rows_say_and_are_compared_with_float32(name):
+    """The gradients of all that is trained; one view."""
+    bench = Workbench(spec("methods"), CPU, "model")
+    learner = ours.method(bench.setting, METHODS[name])
+    expected = same_as_expected(bench, learner)
+    assert expected["output"].shape == (2, CLASSES)
+    trained = sum(value.numel() for key, value in expected.items() if key != "output")
+    assert trained == sum(p.numel() for p in learner.trained()) - (0 if "gradients" in expected else 65 * CLASSES)
+
+
+def test_wrong_pairs_and_wrong_methods_have_no_time(monkeypatch):
+    monkeypatch.setattr(plain.CopiedProjection, "mask_gradients", lambda self: None)
+    monkeypatch.setattr(plain_lora, "rows_of", lambda compact: [slice(0, 64), slice(0, 64)])  # v's rows are q's
+    rows = {row["contender"]: row for row in suite.measure(spec("lora"), CPU)}
+    for name in ("paper, MoSL", "peft, q and v"):
+        assert rows[name]["ms"] is None
+        assert "wrong: output is off by" in rows[name]["reason"] or "not installed" in rows[name]["reason"]
+    assert rows["MoSL, reference"]["ms"] > 0
+
+    def half_trained(setting):
+        learner = ours.method(setting, METHODS["linear"])
+        learner.after_backward = lambda: learner.module.head.weight.grad.zero_()
+        return learner
+
+    monkeypatch.setitem(CONTENDERS, "linear", replace(CONTENDERS["linear"], make=half_trained))
+    (row,) = suite.measure(spec("methods"), CPU, contenders=("linear",))
+    assert "wrong: gradients is off by" in row["reason"]
 
 
 def test_wrong_results_have_no_time(monkeypatch):
@@ -111,11 +182,11 @@ def test_a_contender_that_breaks_does_not_take_the_others_with_it(monkeypatch):
 
 def test_a_new_method_costs_one_function(monkeypatch):
     def two_experts(setting):
-        return contenders.ours(setting, "reference", config=replace(setting.mixture().mosa_config, experts=2))
+        return ours.ours(setting, "reference", config=replace(setting.mixture().mosa_config, experts=2))
 
     monkeypatch.setitem(CONTENDERS, "two experts", contenders.Entry(two_experts, contenders.ALL_CASES))
     monkeypatch.setitem(CONTENDERS, "elsewhere", contenders.Entry(two_experts, ("evaluation",)))
-    for case in CASES:
+    for case in contenders.ALL_CASES:
         rows = {row["contender"]: row for row in suite.measure(spec(case), CPU)}
         assert rows["two experts"]["ms"] > 0, rows["two experts"]["reason"]
         assert ("elsewhere" in rows) is (case == "evaluation")
@@ -133,10 +204,14 @@ def test_the_profiled_run_says_what_it_plans_to_move(command, monkeypatch):
     ]
 
 
-def test_lora_learns_on_the_same_backbone():
+@pytest.mark.parametrize(
+    ("case", "names"), [("step", ("peft, q and v", "peft, fused qkv")), ("lora", ("peft, q and v",))]
+)
+def test_lora_of_the_peft_library_learns_on_the_same_backbone(case, names):
     pytest.importorskip("peft")
-    rows = {row["contender"]: row for row in suite.measure(spec("step"), CPU)}
-    assert rows["lora"]["ms"] > 0
+    rows = {row["contender"]: row for row in suite.measure(spec(case), CPU)}
+    for name in names:
+        assert rows[name]["ms"] > 0, rows[name]["reason"]
 
 
 def test_saved_counts_every_activation_once():
@@ -157,6 +232,16 @@ def test_work_of_the_operator():
     assert work["all"] == (12 * elements * 64, elements * (7 * 4 + 2))
     assert work["forward"] == (4 * elements * 64, elements * (2 * 4 + 2))
     assert work["backward"] == (8 * elements * 64, elements * 5 * 4)
+
+
+def test_work_of_the_low_rank_pairs():
+    elements = 2 * 3 * 5 * 64
+    work = {mode: operator_work(Spec("lora", SMALL, 3, "bf16-mixed", tokens=5), mode) for mode in MODES}
+    # x in float32; the linear's output and what comes of it in 16 bits, three times as wide
+    assert work["forward"] == (4 * elements * 2 * 16, elements * (4 + 2 * 3 * 2))
+    # the gradient in the columns of q and v twice; x, and its gradient
+    assert work["backward"] == (8 * elements * 2 * 16, elements * (2 * 2 * 2 + 2 * 4))
+    assert work["all"] == tuple(map(sum, zip(work["forward"], work["backward"], strict=True)))
 
 
 def row(contender, ms, low=None, high=None, **more):
@@ -214,6 +299,16 @@ def test_taxes():
     }
     text = report.summary(result(*rows))
     assert "| paper | 220.00 (220.00 to 220.00) | 1.0 | 1.00 | 90 |  | +100.0% | +50.0% |" in text
+
+
+def test_pairs_are_compared_with_the_papers_way_of_pairs_and_methods_with_none():
+    rows = [row("paper, MoSL", 4, case="lora"), row("MoSL, triton", 2, case="lora")]
+    rows += [row("linear", 1, case="methods", state_mib=0.5), row("full", 3, case="methods", state_mib=30.0)]
+    text = report.summary(result(*rows)) + report.markdown(result(*rows))
+    assert "| MoSL, triton | 2.00 (2.00 to 2.00) | 1.0 | 2.00 |" in text
+    assert "| full | 3.00 (3.00 to 3.00) | 1.0 |  | 30.0 |" in text
+    assert "|  | ms (quartiles) | images/s | activations, MiB | state, MiB |" in text
+    assert plots.ratio(("methods",), {"linear": rows[2], "full": rows[3]}, "full") == 3
 
 
 def test_the_operator_is_compared_with_a_copy_and_few_runs_are_said():
@@ -286,3 +381,19 @@ def test_reports_and_readme_say_what_the_files_say():
         stored = results.read(path)
         assert path.with_suffix(".md").read_text(encoding="utf-8") == report.markdown(stored)
         assert report.summary(stored) in readme
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16-true"])
+def test_an_int8_backbone_is_compared_with_its_own_weights_in_float32(precision):
+    pytest.importorskip("torchao", reason="int8 needs torchao")
+    name = "ours, int8 backbone"
+    for case in ("step", "evaluation"):
+        (row,) = suite.measure(spec(case, precision), CPU, contenders=(name,))
+        assert row["ms"] > 0, row["reason"]
+    bench = Workbench(spec("step"), CPU, "model")
+    learner = CONTENDERS[name].make(bench.setting)
+    learner.module.train()
+    found, original = bench.results(learner), bench.setting.mixture()
+    learner.mixture = original
+    truth = bench.expected(learner, dropout=True)["output"]
+    assert 1e-3 < torch.linalg.vector_norm(found["output"] - truth) / torch.linalg.vector_norm(truth) < 0.05
