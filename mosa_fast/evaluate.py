@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from mosa_fast.command_line import one_line_errors, read_run
+from mosa_fast.command_line import check_packages, one_line_errors, read_run
 from mosa_fast.config import TrainConfig
 from mosa_fast.run_folder import RunFolder
 
@@ -19,6 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--root", help="folder of the data set, where it has moved (default: as in the run)")
     options = parser.parse_args(arguments)
     with one_line_errors():
+        check_packages()
         config, classes = read_run(options.run)
         config.device = options.device or config.device
         config.data.root = options.root or config.data.root

@@ -10,6 +10,7 @@ from mosa_fast.data.images import ImageFiles
 from mosa_fast.data.parts import Splits
 from mosa_fast.data.stratify import stratified_split
 from mosa_fast.data.transforms import Transforms
+from mosa_fast.data.tree import check_tree
 
 
 def load_folder(root: Path, transforms: Transforms, val_fraction: float, seed: int) -> Splits:
@@ -38,6 +39,7 @@ def _read(root: Path, part: str) -> ImageFolder:
     folder = root / part
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}: data.root must hold train and test (val is optional)")
+    check_tree(folder)
     try:
         return ImageFolder(str(folder))
     except FileNotFoundError as error:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mosa_fast.config import MoSAConfig
 from mosa_fast.nn.projection import SparseProjection
 from mosa_fast.ops import sparse_adapter
+from mosa_fast.ops.call import describe
 from mosa_fast.ops.reference import MERGED
 from mosa_fast.routing import as_seed, draw
 
@@ -172,6 +173,8 @@ class SparseAdapter(nn.Module):
             fork: let each of the V groups read all of x.
             add_input: add x to the result.
         """
+        if x.shape[-1] != self.down.weight.shape[1]:
+            raise ValueError(f"x must be [N, ..., {self.down.weight.shape[1]}], got {describe(x)}")
         norm, dropout = self.norm, self.dropout if self.training else 0.0
         down_init = self.down.init
         fixed = self.config.routing == "fixed"

@@ -13,6 +13,7 @@ from mosa_fast.config import MoSAConfig
 from mosa_fast.nn.projection import SparseProjection
 from mosa_fast.nn.sparse_adapter import FIXED
 from mosa_fast.ops import sparse_lora
+from mosa_fast.ops.call import describe
 from mosa_fast.ops.reference import MERGED
 from mosa_fast.routing import as_seed, draw
 
@@ -104,6 +105,8 @@ class SparseLoRA(nn.Module):
             seed: of the draw: an int, or int64 `[1]` or `[2]` (`mosa_fast.routing`). None: fresh.
             fork: let each of the V groups read all of x and y.
         """
+        if x.shape[-1] != self.down.weight.shape[1]:
+            raise ValueError(f"x must be [N, ..., {self.down.weight.shape[1]}], got {describe(x)}")
         down_init = self.down.init
         fixed = self.config.routing == "fixed"
         if experts is None and self.training and not fixed:
