@@ -127,7 +127,7 @@ def check_value(name: str, value: object, hint: Any, facts: Facts) -> None:
             raise ValueError(f"{name} must be a finite number, got {value}")
         if not facts.holds(value):  # type: ignore[arg-type]
             raise ValueError(f"{name} must be {facts.range}, got {value}")
-        if facts.cap is not None and value > facts.cap:
+        if facts.cap is not None and value > facts.cap:  # type: ignore[operator]
             raise ValueError(f"{name} must be at most {facts.cap:,}, got {value}")
 
 
