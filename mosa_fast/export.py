@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mosa_fast.command_line import one_line_errors
+from mosa_fast.command_line import check_packages, one_line_errors
 from mosa_fast.files import write_atomically, write_folder_atomically
 from mosa_fast.formats import FORMATS
 from mosa_fast.run_folder import RunFolder
@@ -55,6 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     with one_line_errors():
+        check_packages()
         from mosa_fast.training.finished_run import open_run
 
         done = export_run(open_run(options.run, "cpu"), options.format, options.out)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from mosa_fast.answers import FORMATS, Answer
-from mosa_fast.command_line import leave, one_line_errors
+from mosa_fast.command_line import check_packages, leave, one_line_errors
 from mosa_fast.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, help="processes that read images (default: as in the run)")
     options = parser.parse_args(arguments)
     with one_line_errors():
+        check_packages()
         for name, least in (("top", 1), ("batch_size", 1), ("workers", 0)):
             value = getattr(options, name)
             if value is not None and value < least:

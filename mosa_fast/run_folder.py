@@ -143,8 +143,15 @@ class RunFolder:
         _write(self.classes, json.dumps(classes, indent=0, ensure_ascii=False) + "\n")
 
     def read_classes(self) -> list[str]:
-        """The inverse of `write_classes`."""
-        return json.loads(self.classes.read_text(encoding="utf-8"))
+        """The inverse of `write_classes`.
+
+        Raises:
+            ValueError: it is not such a file.
+        """
+        classes = _read_json(self.classes)
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise ValueError(f"{self.classes} cannot be read: it is no list of names")
+        return classes
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Keep all numbers of a run."""
@@ -171,7 +178,7 @@ def _write(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -87,9 +87,11 @@ class AdaptedModel(Wrapper):
             `[V * B, classes]`, view after view.
 
         Raises:
-            ValueError: experts has another shape.
+            ValueError: there is no view, or experts has another shape.
             RuntimeError: gradient checkpointing was switched on in the backbone.
         """
+        if views < 1:
+            raise ValueError(f"views must be at least 1, got {views}")
         blocks, others = _parts(self.backbone)
         if _disabled(blocks) or (experts is None and not self.training):
             with routed(blocks, None, block_outputs=block_outputs):
@@ -125,8 +127,6 @@ class AdaptedModel(Wrapper):
     def _draw(
         self, blocks: list[AdaptedBlock], views: int, experts: Tensor | None, seed: Tensor | int | None
     ) -> Routing:
-        if views < 1:
-            raise ValueError(f"views must be at least 1, got {views}")
         layers = sum(block.draws for block in blocks)
         first = blocks[0].adapters()[0]
         # Nothing is taken from torch's random state where nothing is random.
