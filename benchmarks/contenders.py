@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.learner import Batch, Learner
 from benchmarks.models import Setting
-from benchmarks.ours import backends_of, best_backend, method, ours
+from benchmarks.ours import backends_of, best_backend, int8_backbone, method, ours
 from benchmarks.plain import CopiedAdapter, DenseAdapter, PlainModel
 from benchmarks.plain_lora import CopiedPairs, CopiedPairsModel, GivenTargets, PeftPairs, SeparateQKV
 from benchmarks.spec import CONFIG, DENSE_LORA_CONFIG, LORA_CONFIG, OPERATORS, VIEWS, Spec
@@ -147,6 +147,15 @@ for _name in backends_of("sparse_adapter"):  # a variant that cannot serve is no
     )
 
 
+def _int8_unavailable() -> str | None:
+    return None if importlib.util.find_spec("torchao") else 'torchao is not installed: pip install -e ".[int8]"'
+
+
+contender("ours, int8 backbone", ("step", "evaluation"), unavailable=_int8_unavailable, views_together=True)(
+    int8_backbone
+)
+
+
 # The paper's way of working
 
 
@@ -214,11 +223,12 @@ def dense(setting: Setting) -> Learner:
     return Learner(model, lambda batch, step: (model(*batch.repeated()),), model)
 
 
-def _peft_unavailable() -> str | None:
+def peft_unavailable() -> str | None:
+    """Why there is no contender of the peft library; None: there is."""
     return None if importlib.util.find_spec("peft") else 'peft is not installed: pip install -e ".[compare]"'
 
 
-@contender("peft, q and v", LORA_CASES, unavailable=_peft_unavailable)
+@contender("peft, q and v", LORA_CASES, unavailable=peft_unavailable)
 def peft_q_and_v(setting: Setting) -> Learner:
     """LoRA on the targets that MoSL has, which stand apart for it; two views in one batch."""
     mixture = setting.mixture(DENSE_LORA_CONFIG)
@@ -237,7 +247,7 @@ def peft_q_and_v(setting: Setting) -> Learner:
     return Learner(model, lambda batch, step: (run(*batch.repeated()),), model, mixture, adapters=pairs)
 
 
-@contender("peft, fused qkv", ("block", "step", "evaluation"), unavailable=_peft_unavailable)
+@contender("peft, fused qkv", ("block", "step", "evaluation"), unavailable=peft_unavailable)
 def peft_fused(setting: Setting) -> Learner:
     """LoRA as it is put into timm's models: one pair on q, k and v together; two views in one batch."""
     model = _with_peft(copy.deepcopy(setting.backbone), ["qkv"], modules_to_save=["head"])

@@ -14,15 +14,19 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import NoReturn
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from mosa_fast.config import TrainConfig
-from mosa_fast.options import facts_of
+from mosa_fast.options import facts_of, words_of
 from mosa_fast.recipes import ActionRecipe, packaged
 from mosa_fast.run_folder import RunFolder
 
+NEAR = 0.6  # how alike an unknown option and the one that may have been meant are
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # what torch's errors say
+PACKAGES = ("torch", "torchvision", "timm")
 DEFAULT_RECIPE = "digits.yaml"  # where neither a recipe nor other data are named
 
 
@@ -31,6 +35,10 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message without the usage, and leave with code 2."""
+        wrong = re.search(r'Parser key "([\w.]+)":.*(?:Given value|Got value): (.*)$', message, re.DOTALL)
+        words = words_of(TrainConfig, wrong[1]) if wrong else None
+        if wrong and words:
+            fail(f"{wrong[1]} must be {words}, got {wrong[2].strip()}")
         fail(" ".join(message.split()) + self._nearest(message))
 
     def _nearest(self, message: str) -> str:
@@ -45,7 +53,7 @@ class Parser(ArgumentParser):
             unknown = other[1] or other[2]
         else:
             return ""
-        near = difflib.get_close_matches(unknown, options, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(unknown, options, n=1, cutoff=NEAR)
         if not near:  # the right name in the wrong section
             ends = {option.rsplit(".", 1)[-1]: option for option in options}
             near = [ends[end] for end in difflib.get_close_matches(unknown.rsplit(".", 1)[-1], ends, n=1, cutoff=0.7)]
@@ -119,6 +127,11 @@ def one_line_errors() -> Iterator[None]:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             leave(128 + signal.SIGPIPE)
         fail(describe(error))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        fail(f"out of memory: smaller images, batches or adapters may do (docs/training.md); {reason}")
     except KeyboardInterrupt:
         print("stopped before there was anything to save", file=sys.stderr)
         leave(130)
@@ -132,6 +145,29 @@ def _nobody_reads() -> bool:
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
     return True
+
+
+def check_packages() -> None:
+    """Import what models and images need.
+
+    Raises:
+        ValueError: a package is missing or broken, as one that was built for another torch.
+    """
+    for package in PACKAGES:
+        reason = broken(package)
+        if reason is not None:
+            raise ValueError(
+                f"{package} cannot be used here ({reason}): install it again, to match the installed torch"
+            )
+
+
+def broken(package: str) -> str | None:
+    """Why a package cannot be imported; None: it can."""
+    try:
+        import_module(package)
+    except Exception as error:  # of any kind, where compiled parts do not fit
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return None
 
 
 def describe(error: Exception) -> str:

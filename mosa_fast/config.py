@@ -10,6 +10,9 @@ from mosa_fast.methods import MEANINGS, METHODS, MethodName
 from mosa_fast.options import check_fields, check_value, facts_of, option
 
 MAX_EXPERTS = 255  # ids are uint8
+MAX_SEED = 2**63 - 1  # seeds are int64
+MAX_EPOCHS = 1_000_000
+MAX_BOTTLENECK = 65_536  # many times the width of any model
 
 Share = Literal["down", "up", "none"]
 BiasMode = Literal["per_expert", "split"]
@@ -37,11 +40,11 @@ class MoSAConfig:
     method: Literal["adapter", "lora"] = "adapter"
     """adapter: bottleneck adapters beside the branches of a block; lora: low-rank pairs on its attention's linears
     (MoSL), for which bottleneck, placement, activation, dropout and bias mean nothing."""
-    rank: int = option(16, low=1)
+    rank: int = option(16, low=1, cap=MAX_BOTTLENECK)
     """lora only: rank of the pairs."""
     targets: Targets = "qv"
     """lora only: the projections that get a pair each, of q, k, v and o."""
-    bottleneck: int = option(64, low=1)
+    bottleneck: int = option(64, low=1, cap=MAX_BOTTLENECK)
     """Width r of the adapters."""
     experts: int = option(4, low=1, high=MAX_EXPERTS)
     """Number of experts E that a split projection is divided among. 1: a dense adapter."""
@@ -62,7 +65,7 @@ class MoSAConfig:
     """How experts merge. mean: W0 + (W - W0) / E. joint: W / E (the same where W0 is zero)."""
     routing: Routing = "random"
     """random: every pass draws its experts, evaluation merges them; fixed: expert 0, always, merged or not."""
-    seed: int = option(3407, low=0)
+    seed: int = option(3407, low=0, cap=MAX_SEED)
     """Seed of the owner maps and the initial weights."""
 
     def __post_init__(self) -> None:
@@ -175,10 +178,10 @@ class OptimConfig:
     """Peak learning rate."""
     weight_decay: float = option(0.01, low=0.0)
     """Weight decay, on everything but biases."""
-    epochs: int = option(100, low=1)
+    epochs: int = option(100, low=1, cap=MAX_EPOCHS)
     """Passes over the training images."""
-    warmup_epochs: float = option(10.0, low=0.0)
-    """Epochs of linear warm-up."""
+    warmup_epochs: float | Literal["auto"] = option("auto", low=0.0)
+    """Epochs of linear warm-up, no more than the run has; auto: a tenth of them."""
     batch_size: int = option(128, low=1)
     """Images per step and process (every view of an image counts as the same image)."""
     accumulate: int = option(1, low=1)
@@ -186,6 +189,11 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "optim.")
+
+    @property
+    def warmup(self) -> float:
+        """Epochs of warm-up."""
+        return self.epochs / 10 if self.warmup_epochs == "auto" else self.warmup_epochs
 
 
 @dataclass
@@ -236,7 +244,7 @@ class TrainConfig:
     adapter: MoSAConfig = field(default_factory=MoSAConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    seed: int = option(3407, low=0)
+    seed: int = option(3407, low=0, cap=MAX_SEED)
     """Seed of everything random but the adapters' owner maps and initial weights (adapter.seed)."""
     out: str = option("runs/default", free=True)
     """Folder that the run writes its files to."""
@@ -274,6 +282,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.optim.warmup > self.optim.epochs:
+            raise ValueError(
+                f"optim.warmup_epochs {self.optim.warmup_epochs} is longer than the run of {self.optim.epochs} epochs: "
+                "give fewer, or auto for a tenth"
+            )
         if self.precision == "bf16-true" and not METHODS[self.method].freezes_backbone:
             raise ValueError(f"precision bf16-true needs a frozen backbone; use bf16-mixed with method {self.method}")
         if self.precision == "fp16-mixed" and self.cuda_graphs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from mosa_fast.command_line import one_line_errors
+from mosa_fast.command_line import check_packages, one_line_errors
 from mosa_fast.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--root", help="folder of the data set, where it has moved (default: as in the run)")
     options = parser.parse_args(arguments)
     with one_line_errors():
+        check_packages()
         from mosa_fast.training.finished_run import open_run
 
         run = open_run(options.run, options.device)

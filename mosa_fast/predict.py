@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from mosa_fast.answers import FORMATS, Answer
-from mosa_fast.command_line import leave, one_line_errors
+from mosa_fast.command_line import check_packages, leave, one_line_errors
 from mosa_fast.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, help="processes that read images (default: as in the run)")
     options = parser.parse_args(arguments)
     with one_line_errors():
+        check_packages()
         for name, least in (("top", 1), ("batch_size", 1), ("workers", 0)):
             value = getattr(options, name)
             if value is not None and value < least:
@@ -54,8 +55,9 @@ def main(arguments: list[str] | None = None) -> None:
         from mosa_fast.training.finished_run import open_run
 
         runs = [open_run(folder, options.device) for folder in options.run]
-        inputs = find_inputs(options.inputs, sys.stdin)
-        sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # names of files are bytes
+        for stream in (sys.stdin, sys.stdout) if "-" in options.inputs else (sys.stdout,):
+            stream.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # names of files are bytes
+        inputs = find_inputs(options.inputs, sys.stdin or ())
         bad = 0
         with FORMATS[options.format](sys.stdout, len(runs) > 1) as write:
             for answer in predict(runs, inputs, options.top, options.batch_size, options.workers):

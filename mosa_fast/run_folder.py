@@ -26,12 +26,12 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
-        """The resolved configuration, itself a recipe. Written when a run starts; read by evaluate and predict."""
+        """The resolved configuration, itself a recipe. Written when a run starts; read by training.finished_run."""
         return self.path / "config.yaml"
 
     @property
     def classes(self) -> Path:
-        """Names of the classes, by label. Written when a run starts; read by evaluate and predict."""
+        """Names of the classes, by label. Written when a run starts; read by training.finished_run."""
         return self.path / "classes.json"
 
     @property
@@ -68,12 +68,12 @@ class RunFolder:
 
     @property
     def adapter(self) -> Path:
-        """Adapters and head of the selected epoch. Written at a run's end; read by evaluate, predict, load_adapter."""
+        """Adapters and head of the selected epoch. Written at the end; read by training.finished_run, load_adapter."""
         return self.path / "adapter.safetensors"
 
     @property
     def model(self) -> Path:
-        """Where a method has no adapters, what it trained. Written at a run's end; read by evaluate and predict."""
+        """Where a method has no adapters, what it trained. Written at a run's end; read by training.finished_run."""
         return self.path / "model.safetensors"
 
     @property
@@ -143,8 +143,15 @@ class RunFolder:
         _write(self.classes, json.dumps(classes, indent=0, ensure_ascii=False) + "\n")
 
     def read_classes(self) -> list[str]:
-        """The inverse of `write_classes`."""
-        return json.loads(self.classes.read_text(encoding="utf-8"))
+        """The inverse of `write_classes`.
+
+        Raises:
+            ValueError: it is not such a file.
+        """
+        classes = _read_json(self.classes)
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise ValueError(f"{self.classes} cannot be read: it is no list of names")
+        return classes
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Keep all numbers of a run."""
@@ -171,7 +178,7 @@ def _write(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

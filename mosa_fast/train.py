@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from mosa_fast.command_line import leave, one_line_errors, parse
+from mosa_fast.command_line import check_packages, leave, one_line_errors, parse
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -18,6 +18,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     with one_line_errors():
         config, start = parse(sys.argv[1:] if arguments is None else arguments)
+        check_packages()
         from mosa_fast.training.loop import train
         from mosa_fast.training.signals import Interrupted
 

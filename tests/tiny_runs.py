@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from mosa_fast.command_line import one_line_errors
 from mosa_fast.config import DataConfig, ModelConfig, MoSAConfig, OptimConfig, TrainConfig
+from mosa_fast.run_folder import RunFolder
 from mosa_fast.training.evaluation import Scores
 from mosa_fast.training.loop import train
 from mosa_fast.training.signals import Interrupted
@@ -98,6 +99,24 @@ def die_at(event: int):
     watch(Path, "replace")
     watch(Path, "unlink")
     watch(Path, "write_bytes", lambda original, path, data: original(path, bytes(data)[: len(data) // 2]))
+
+
+def stopped_by_signal(out, monkeypatch, number: int, step: int, **changes) -> Path:
+    """A tiny run that gets a signal after a step, and its checkpoint."""
+    original = TrainStep.advance
+
+    def advance(taken):
+        original(taken)
+        if taken.position.steps == step:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainStep, "advance", advance)
+        try:
+            train(tiny_run(out, **changes), progress=False)
+        except Interrupted:
+            return RunFolder(out).checkpoint(step)
+    raise AssertionError("the run was not stopped")
 
 
 def free_port() -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from mosa_fast.adapters.block import AdaptedBlock, routed
 from mosa_fast.adapters.linears import put_loras
 from mosa_fast.adapters.placements import PLACEMENTS, QKVO, repeat_batch
-from mosa_fast.adapters.seams import AFTER_BLOCKS, carries_samples, find_blocks, seam_of
+from mosa_fast.adapters.seams import AFTER_BLOCKS, call_quantised_qkv, carries_samples, find_blocks, seam_of
 from mosa_fast.adapters.wrapper import Wrapper
 from mosa_fast.backbones.frozen import hold_statistics, parts_samples
 from mosa_fast.backbones.heads import classifiers
@@ -86,14 +87,17 @@ class AdaptedModel(Wrapper):
             `[V * B, classes]`, view after view.
 
         Raises:
-            ValueError: experts has another shape.
+            ValueError: there is no view, or experts has another shape.
             RuntimeError: gradient checkpointing was switched on in the backbone.
         """
+        if views < 1:
+            raise ValueError(f"views must be at least 1, got {views}")
         blocks, others = _parts(self.backbone)
-        if experts is None and not self.training:
+        if _disabled(blocks) or (experts is None and not self.training):
             with routed(blocks, None, block_outputs=block_outputs):
                 logits = self.backbone(images, **arguments)
-            return logits if views == 1 else _repeated(logits, views)  # views of a merged model are all alike
+            views = views if experts is None else experts.shape[1]
+            return logits if views == 1 else _repeated(logits, views)  # all alike, where no experts are active
         routing = self._draw(blocks, views, experts, seed)
         views = routing.experts.shape[1]
         per_sample = {name for name, value in arguments.items() if carries_samples(name, value)}
@@ -115,17 +119,14 @@ class AdaptedModel(Wrapper):
         return value
 
     def _one_view(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not self.training:
+        if not self.training or _disabled(blocks := _parts(self.backbone)[0]):
             return method(*args, **kwargs)
-        blocks, _ = _parts(self.backbone)
         with routed(blocks, self._draw(blocks, 1, None, None)):
             return method(*args, **kwargs)
 
     def _draw(
         self, blocks: list[AdaptedBlock], views: int, experts: Tensor | None, seed: Tensor | int | None
     ) -> Routing:
-        if views < 1:
-            raise ValueError(f"views must be at least 1, got {views}")
         layers = sum(block.draws for block in blocks)
         first = blocks[0].adapters()[0]
         # Nothing is taken from torch's random state where nothing is random.
@@ -137,6 +138,25 @@ class AdaptedModel(Wrapper):
         if experts.ndim != 3 or experts.shape[0] != layers or experts.shape[2] != 2:
             raise ValueError(f"experts must be int32 [{layers}, V, 2], got {list(experts.shape)}")
         return Routing(experts, draw(key, layers, 1, first.config.experts).seeds)
+
+    @contextmanager
+    def disable_adapters(self) -> Iterator[None]:
+        """Inside this context the model gives the frozen backbone's own answer, through the trained head.
+
+        Blocks compute what timm's do, adapters and low-rank pairs are left out, nothing is drawn for them, and they get
+        no gradient. The mode stays: in training the head learns, and what the backbone itself drops is dropped. Several
+        views are one pass, repeated; `experts` only say how many they are. A model under torch.compile is compiled
+        once more.
+        """
+        blocks = _parts(self.backbone)[0]
+        before = [block.disabled for block in blocks]
+        try:
+            for block in blocks:
+                block.disabled = True
+            yield
+        finally:
+            for block, was in zip(blocks, before, strict=True):
+                block.disabled = was
 
     def train(self, mode: bool = True) -> AdaptedModel:
         """Set the mode; BatchNorm of the frozen backbone stays in evaluation (docs/design.md, Frozen stays frozen)."""
@@ -265,6 +285,7 @@ def adapt(model: nn.Module, config: MoSAConfig | None = None) -> AdaptedModel:
             # Master weights are float32 under a half-precision backbone.
             "dtype": torch.promote_types(norm.weight.dtype, torch.float32),
         }
+        call_quantised_qkv(block)
         if config.method == "lora":
             put_loras(block, config, **options)
             adapted_block = AdaptedBlock(block, QKVO)
@@ -331,6 +352,10 @@ def _parts(backbone: nn.Module) -> tuple[list[AdaptedBlock], list[nn.Module]]:
 def _hub() -> Any:
     # By name, as the package brings in its public names: the methods above are but words for what stands on this file.
     return import_module("mosa_fast.adapters.hub")
+
+
+def _disabled(blocks: list[AdaptedBlock]) -> bool:
+    return all(block.disabled for block in blocks)
 
 
 def _checkpoints(module: nn.Module) -> bool:

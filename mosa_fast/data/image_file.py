@@ -74,14 +74,15 @@ def read_bytes(path: str | Path) -> bytes:
 def find_files(folder: Path, onerror: Callable[[OSError], None] | None = None) -> Iterator[Path]:
     """Everything below a folder that is no folder: its own by name, then its folders'; not what begins with a dot.
 
-    Pipes and links to nothing are among them, for `read_image` to refuse. Links are followed; a folder that is reached
-    again through a link to one of its parents is not entered again.
+    Pipes and links to nothing are among them, for `read_image` to refuse. Links are followed, but
+    not back to a folder that they are in.
 
     Args:
         folder: where to look.
         onerror: is called with the error of a folder that cannot be listed; None: the error is raised.
     """
-    yield from _find(folder, (), onerror)
+    above = tuple(_identity(parent) for parent in folder.resolve().parents)
+    yield from _find(folder, above, onerror)
 
 
 def is_image_name(name: str | Path) -> bool:
@@ -90,22 +91,26 @@ def is_image_name(name: str | Path) -> bool:
 
 
 def _find(
-    folder: Path, parents: tuple[tuple[int, int], ...], onerror: Callable[[OSError], None] | None
+    folder: Path, above: tuple[tuple[int, int], ...], onerror: Callable[[OSError], None] | None
 ) -> Iterator[Path]:
     try:
-        status = folder.stat()
+        here = _identity(folder)
         entries = sorted(folder.iterdir())
     except OSError as error:
         if onerror is None:
             raise
         return onerror(error)
-    here = (status.st_dev, status.st_ino)
-    if here in parents:
+    if here in above:
         return
     yield from (path for path in entries if not path.is_dir() and not path.name.startswith("."))
     for path in entries:
         if path.is_dir():
-            yield from _find(path, (*parents, here), onerror)
+            yield from _find(path, (*above, here), onerror)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _open(source: str | Path | BinaryIO) -> Image.Image:

@@ -9,8 +9,9 @@ order, experts and dropout are functions of the seed and the position.
 
 from __future__ import annotations
 
+import hashlib
 import io
-import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -86,7 +87,13 @@ class Checkpoints:
             _write_tensors(pending, trained_state(self.model))
             # Through memory, because torch hides the reason when a disk is full.
             buffer = io.BytesIO()
-            content = {"format": FORMAT, "config": self.config, "data": self.data.state_dict(), "state": state}
+            content = {
+                "format": FORMAT,
+                "config": self.config,
+                "data": self.data.state_dict(),
+                "weights": _digest(pending),
+                "state": state,
+            }
             torch.save(content, buffer)
             path = self.folder.checkpoint(self.position.steps)
             write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
@@ -109,15 +116,14 @@ class Checkpoints:
         if self.ranks.is_first and pending.is_file():  # the process died between the state and this
             pending.replace(weights)
         self.ranks.barrier()
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
-            raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        content = _read_state(path)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"{path} is not a checkpoint of this version ({FORMAT})")
         for key, (then, now) in changes(content["config"], self.config).items():
             raise ValueError(f"{self.folder} was started with {key} {then}, not {now}; resume it with the same")
         self.data.load_state_dict(content["data"])
+        if not weights.is_file() or _digest(weights) != content["weights"]:
+            raise ValueError(f"{weights} cannot be read: it is not the file that was written with {path.name}")
         load_trained_state(self.model, _read_tensors(weights), str(weights))
         for name, part in self.parts.items():
             part.load_state_dict(content["state"][name])
@@ -137,6 +143,26 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_state(path: Path) -> Any:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch does not look at the checksums that it writes
+        if damaged is not None:
+            raise ValueError(f"{damaged} is damaged")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes can be any kind of nonsense
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} cannot be read: {reason}") from None
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

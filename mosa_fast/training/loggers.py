@@ -29,7 +29,7 @@ class Speedometer:
         """The speed; where no step was taken since, the one read then (0: there was none)."""
         (steps, seconds), now = self._then, (self.position.steps, self.position.training_seconds)
         if now[0] > steps:
-            self._speed = round((now[0] - steps) * self.position.batch_size / max(now[1] - seconds, 1e-9))
+            self._speed = round((now[0] - steps) * self.position.images_per_step / max(now[1] - seconds, 1e-9))
             self._then = now
         return self._speed
 

@@ -22,6 +22,7 @@ from mosa_fast.methods import METHODS
 from mosa_fast.run_folder import RunFolder
 from mosa_fast.run_lock import lock_folder
 from mosa_fast.training.checkpoint import Checkpoints
+from mosa_fast.training.checks import check_backend, print_notes
 from mosa_fast.training.distributed import join_ranks
 from mosa_fast.training.evaluation import BATCH_FACTOR, Scores, evaluate
 from mosa_fast.training.finished_run import save_trained, weights_file
@@ -80,6 +81,9 @@ def train(
         progress = progress and ranks.is_first
         if config.cuda_graphs and (not on_gpu or ranks.world > 1):
             raise ValueError(f"cuda_graphs needs one GPU, this run has {ranks.world} process(es) on {device.type}")
+        check_backend(config, device)
+        if progress:
+            print_notes(config, device)
 
         # Set-up: the folder, which belongs to this run from here on.
         ranks.from_first(lambda: held.enter_context(lock_folder(folder)))
@@ -112,7 +116,7 @@ def train(
         if ranks.world > 1:
             objective = DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
         optimizer = make_optimizer(model, optim.lr, optim.weight_decay, optim.optimizer, graphed=config.cuda_graphs)
-        warmup_steps = round(optim.warmup_epochs * position.steps_per_epoch)
+        warmup_steps = round(optim.warmup * position.steps_per_epoch)
         schedule = make_schedule(optimizer, position.total_steps, warmup_steps)
         step = TrainStep(
             objective,

@@ -17,6 +17,7 @@ class Position:
         epochs: of the whole run.
 
     Attributes:
+        images_per_step: of all steps but an epoch's last.
         steps_per_epoch, total_steps: how far there is to go.
         steps: steps taken.
         epochs_done: epochs that were trained, validated and logged. One whose steps are all taken is not done yet.
@@ -24,6 +25,7 @@ class Position:
 
     def __init__(self, images: int, batch_size: int, epochs: int) -> None:
         self.batch_size = batch_size
+        self.images_per_step = min(images, batch_size)
         self.epochs = epochs
         self.steps_per_epoch = -(-images // batch_size)
         self.total_steps = epochs * self.steps_per_epoch

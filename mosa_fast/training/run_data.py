@@ -33,6 +33,13 @@ def load_run_data(config: TrainConfig) -> Splits:
         splits = drop_unreadable(splits)
     if config.loader.cache:
         cache_decoded(*(part for part in (splits.train, splits.val) if part is not None))
+    if len(splits.classes) < 2:
+        raise ValueError(f"data: there must be two classes at least, there is {', '.join(splits.classes) or 'none'}")
+    for name in splits.classes:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"data: the name of class {name!r} is not UTF-8: give its folder another one") from None
     for name, part in splits.parts():
         if isinstance(part, Sized) and len(part) == 0 and (name != "test" or config.test):
             raise ValueError(f"data: there is no {name} image; where val is cut from train, a class needs two")

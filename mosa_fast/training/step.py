@@ -100,7 +100,8 @@ class TrainStep:
     def seed_backbone(self) -> None:
         """Make what a frozen backbone's own dropout and drop-path draw a function of (seed, step, rank)."""
         if self.backbone_draws:
-            torch.manual_seed((self.seed * 1_000_003 + self.position.steps) * self.ranks.world + self.ranks.rank)
+            number = (self.seed * 1_000_003 + self.position.steps) * self.ranks.world + self.ranks.rank
+            torch.manual_seed(number % 2**64)
 
     def advance(self) -> None:
         """The host's part of a step: it counts, and sets the next learning rate."""

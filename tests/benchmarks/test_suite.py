@@ -12,7 +12,7 @@ import torch
 from benchmarks import __main__, cases, contenders, ours, plain, plain_lora, plots, report, results, suite
 from benchmarks.cases import CASES, operator_work
 from benchmarks.contenders import CONTENDERS
-from benchmarks.spec import CLASSES, Spec
+from benchmarks.spec import BANKS, CLASSES, Spec
 from benchmarks.timing import saved_memory
 from benchmarks.workbench import Workbench
 from mosa_fast.methods import METHODS
@@ -24,6 +24,7 @@ MODES = ("all", "forward", "backward")
 ADAPTERS = ("no adapter", "paper", "dense", "ours, reference")
 PAIRS = ("MoSL, reference", "paper, MoSL")
 BACKBONE_TRAINED = ("bias", "partial", "full")
+SERVED = ("no adapter", "bank, adapters", "swapped, adapters", "bank, pairs", "swapped, pairs")
 TIMED = {
     **dict.fromkeys(("operator", "block", "evaluation"), ADAPTERS),
     "lora": ("copy", *PAIRS),
@@ -32,6 +33,7 @@ TIMED = {
         *("ours, reference", "MoSL, reference", "adapter", "lora", "random_mask", "linear"),
         *BACKBONE_TRAINED,
     ),
+    **dict.fromkeys(BANKS, SERVED),
 }
 
 
@@ -49,7 +51,7 @@ def test_every_case_times_what_runs_here(case, precision):
             continue
         assert rows[name]["ms"] > 0, rows[name]["reason"]
         assert rows[name]["low"] <= rows[name]["ms"] <= rows[name]["high"]
-    if not torch.cuda.is_available() and case != "methods":
+    if not torch.cuda.is_available() and case not in ("methods", *BANKS):
         triton = rows["MoSL, triton" if case == "lora" else "ours, triton"]
         assert "no GPU" in triton["reason"]
         assert triton["ms"] is None
@@ -381,3 +383,19 @@ def test_reports_and_readme_say_what_the_files_say():
         stored = results.read(path)
         assert path.with_suffix(".md").read_text(encoding="utf-8") == report.markdown(stored)
         assert report.summary(stored) in readme
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16-true"])
+def test_an_int8_backbone_is_compared_with_its_own_weights_in_float32(precision):
+    pytest.importorskip("torchao", reason="int8 needs torchao")
+    name = "ours, int8 backbone"
+    for case in ("step", "evaluation"):
+        (row,) = suite.measure(spec(case, precision), CPU, contenders=(name,))
+        assert row["ms"] > 0, row["reason"]
+    bench = Workbench(spec("step"), CPU, "model")
+    learner = CONTENDERS[name].make(bench.setting)
+    learner.module.train()
+    found, original = bench.results(learner), bench.setting.mixture()
+    learner.mixture = original
+    truth = bench.expected(learner, dropout=True)["output"]
+    assert 1e-3 < torch.linalg.vector_norm(found["output"] - truth) / torch.linalg.vector_norm(truth) < 0.05

@@ -7,7 +7,7 @@ from itertools import repeat
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import die_at, in_child, result, stub_evaluate, tiny_run, wait_for
+from tiny_runs import die_at, in_child, result, stopped_by_signal, stub_evaluate, tiny_run, wait_for
 
 from mosa_fast import run_lock
 from mosa_fast.config import DataConfig, LossConfig, OptimConfig
@@ -79,18 +79,7 @@ def _signal_first(send):
 
 def stopped_run(out, monkeypatch, **changes):
     """A run that was stopped after its fourth step."""
-    original = TrainStep.advance
-
-    def advance(step):
-        original(step)
-        if step.position.steps == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(TrainStep, "advance", advance)
-        with pytest.raises(Interrupted):
-            train(tiny_run(out, **changes), progress=False)
-    return RunFolder(out).checkpoint(4)
+    return stopped_by_signal(out, monkeypatch, signal.SIGTERM, 4, **changes)
 
 
 def test_dropout_of_the_backbone_and_the_loss_scale_are_resumed_too(tmp_path, monkeypatch):
