@@ -1,9 +1,9 @@
 """The registry of contenders: no adapters, ours, the paper's way of working, a dense adapter, LoRA, other methods.
 
 A contender is a function from a `Setting` to a `Learner`, registered under its name: a new one needs no change anywhere
-else. Where there is little time, those at the end of this file are left out first. All stand on the same frozen timm
-ViT (no dropout or drop-path of its own) with a trained head. All see two views of the same images, but for methods of a
-run that have one.
+else. Where there is little time, those at the end of this file are left out first. All stand on the same timm ViT (no
+dropout or drop-path of its own) with a trained head; it is frozen but for what a method of a run trains of it. All see
+two views of the same images, but for methods that have one.
 """
 
 from __future__ import annotations

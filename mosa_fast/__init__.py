@@ -12,6 +12,7 @@ from mosa_fast.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from mosa_fast.adapters.adapter_file import load_adapter, save_adapter
+    from mosa_fast.adapters.bank import AdapterBank
     from mosa_fast.adapters.fold import fold, merge
     from mosa_fast.adapters.model import AdaptedModel, adapt
     from mosa_fast.adapters.summary import summary
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AdaptedModel": "mosa_fast.adapters.model",
+    "AdapterBank": "mosa_fast.adapters.bank",
     "adapt": "mosa_fast.adapters.model",
     "fold": "mosa_fast.adapters.fold",
     "merge": "mosa_fast.adapters.fold",
@@ -36,6 +38,7 @@ _HOMES = {
 }
 __all__ = [
     "AdaptedModel",
+    "AdapterBank",
     "MoSAConfig",
     "SparseAdapter",
     "SparseLoRA",

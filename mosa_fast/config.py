@@ -21,7 +21,8 @@ else:
     Targets = Literal[tuple("".join(letters) for n in range(1, 5) for letters in combinations("qkvo", n))]
 Routing = Literal["random", "fixed"]
 Activation = Literal["auto", "gelu", "relu", "silu"]
-Family = Literal["digits", "folder", "fgvc", "vtab", "gicd"]
+Family = Literal["digits", "fashion_mnist", "folder", "fgvc", "vtab", "gicd", "timm"]
+AUGMENTED = ("folder", "fgvc", "gicd", "timm")  # vtab trains on unchanged images, by its definition
 Precision = Literal["fp32", "bf16-mixed", "fp16-mixed", "bf16-true"]
 
 
@@ -89,30 +90,52 @@ class DataConfig:
     """The images."""
 
     name: Family = "digits"
-    """digits: the embedded 8x8 handwritten digits; folder: ROOT/{train,val,test}/<class>/*.jpg; fgvc: one of the five
-    fine-grained sets, or all; vtab: a task of VTAB-1k; gicd: CIFAR-100, Aircraft or Food-101 through torchvision."""
-    task: str | None = option(None, families=("fgvc", "vtab", "gicd"))
+    """digits: the embedded 8x8 handwritten digits; fashion_mnist: Fashion-MNIST, a few images a class; folder:
+    ROOT/{train,val,test}/<class>/*.jpg; fgvc: one of the five fine-grained sets, or all; vtab: a task of VTAB-1k; gicd:
+    CIFAR-100, Aircraft or Food-101 through torchvision; timm: any set of torchvision, of the Hugging Face Hub, or in
+    webdataset's shards."""
+    task: str | None = option(None, families=("fgvc", "vtab", "gicd", "timm"))
     """Data set of the family. fgvc: cub, nabirds, flowers, dogs, cars, multitask; vtab: its 19 tasks; gicd: cifar100,
-    aircraft, food101."""
+    aircraft, food101; timm: torch/NAME, hfds/NAME or wds/."""
     root: str | None = option(None, free=True)
-    """Folder of the data set (vtab: of all tasks); digits needs none."""
-    download: bool = option(False, families=("gicd",), free=True)
+    """Folder of the data set (vtab: of all tasks; hfds: the cache, by default the usual one); digits needs none."""
+    download: bool = option(False, families=("fashion_mnist", "gicd", "timm"), free=True)
     """Fetch what is missing."""
     mode: Literal["tune", "final"] = option("tune", families=("vtab", "gicd"))
     """tune: validation images choose the epoch; final: they are trained on too, so that there is nothing to choose with
     and the last epoch is reported."""
     fraction: float | None = option(None, above=0.0, high=1.0, families=("fgvc",))
     """Train on train_<fraction>.json, as in train_0.1.json. None: on train.json."""
-    normalisation: Literal["imagenet", "backbone"] = option("imagenet", families=("folder", "fgvc", "vtab", "gicd"))
+    normalisation: Literal["imagenet", "backbone"] = option(
+        "imagenet", families=("folder", "fgvc", "vtab", "gicd", "timm")
+    )
     """Mean and standard deviation of images from files: ImageNet's, as in the paper, or the backbone's own."""
-    shots: int | None = option(50, low=1, families=("digits",))
-    """Training images per class, at most 74. None: all of them."""
+    shots: int | None = option(50, low=1, families=("digits", "fashion_mnist"))
+    """Training images per class (of digits at most 74). None: all of them."""
     image_size: int | None = option(None, low=1)
     """Side of the square images in pixels. None: what the backbone expects."""
     workers: int = option(2, low=0, free=True)
-    """Processes that load images (none for digits)."""
-    val_fraction: float = option(0.1, above=0.0, below=1.0, families=("folder", "gicd"))
+    """Processes that load images (none for digits and fashion_mnist)."""
+    val_fraction: float = option(0.1, above=0.0, below=1.0, families=("folder", "gicd", "timm"))
     """Part of the training images, cut class by class with the run's seed, where no validation images are given."""
+    train_split: str | None = option(None, families=("timm",))
+    """Name of the part to train on. None: train, or what is usual in its place."""
+    val_split: str | None = option(None, families=("timm",))
+    """Name of the part to select with. None: val or the like; without one, and without a test part, cut from train."""
+    test_split: str | None = option(None, families=("timm",))
+    """Name of the part to test on. None: test; without one val, and without that, a fifth of the images."""
+    image_key: str | None = option(None, families=("timm",))
+    """Column of the images (hfds), or what their files end in (wds). None: image; jpg, png or webp."""
+    label_key: str | None = option(None, families=("timm",))
+    """Column of the labels (hfds), or their field in the json files (wds). None: label; the cls files."""
+    crop_scale: float | None = option(None, above=0.0, high=1.0, families=AUGMENTED)
+    """Train on random parts of an image of at least this part of its area, resized. None: a random crop after resizing
+    the shorter side to 8/7, as in the paper."""
+    augment: Literal["none", "randaugment", "autoaugment", "trivial", "augmix"] = option("none", families=AUGMENTED)
+    """Random changes of the training images' colours and geometry, as torchvision's classes of these names make them.
+    """
+    random_erasing: float = option(0.0, low=0.0, high=1.0, families=AUGMENTED)
+    """Probability of erasing a random rectangle of a training image."""
 
     def __post_init__(self) -> None:
         check_fields(self, "data.")

@@ -18,9 +18,16 @@ from kernel_cases import shape_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mosa_fast.ops import launching, sparse_adapter_triton, sparse_lora_triton, triton_launching, triton_tiles
-from mosa_fast.ops.call import Call, SparseAdapterCall, SparseLoRACall
-from mosa_fast.ops.registration import OPERATORS
+from mosa_fast.ops import (
+    adapter_bank_triton,
+    launching,
+    sparse_adapter_triton,
+    sparse_lora_triton,
+    triton_launching,
+    triton_tiles,
+)
+from mosa_fast.ops.call import AdapterBankCall, Call, SparseAdapterCall, SparseLoRACall
+from mosa_fast.ops.registration import OPERATORS, EvaluationOperator
 from mosa_fast.ops.triton_tiles import Tile
 
 TARGETS = {
@@ -37,7 +44,11 @@ TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-LAUNCHERS = {"sparse_adapter": sparse_adapter_triton, "sparse_lora": sparse_lora_triton}
+LAUNCHERS = {
+    "sparse_adapter": sparse_adapter_triton,
+    "sparse_lora": sparse_lora_triton,
+    "adapter_bank": adapter_bank_triton,
+}
 MULTIPROCESSORS = 132  # an H100's: decides only whether a slice of the weight gradients has one segment or more
 ALIGNED = [["tt.divisibility", 16]]
 
@@ -147,6 +158,34 @@ def lora_call(
     )
 
 
+def bank_call(
+    width: int = 768,
+    bottleneck: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    out_width: int | None = None,
+    pairs: bool = False,
+    tasks: int = 64,
+    product_dtype: torch.dtype | None = None,
+    activation: str = "gelu",
+    add_input: bool = True,
+) -> AdapterBankCall:
+    """A call of adapter_bank: by default adapters with norm and gelu; low-rank pairs on a linear."""
+    product_dtype = product_dtype or dtype
+    samples = 128
+    return without_data(
+        AdapterBankCall,
+        {"...": (samples, 197), "D": width, "O": out_width or width, "r": bottleneck, "N": tasks},
+        {"x": dtype, "skip": product_dtype},  # under autocast a linear gives the products' dtype
+        ("norm_weight", "norm_bias", "down_bias", "up_bias") if pairs else (),
+        tasks=torch.empty(samples, dtype=torch.int32, device="meta"),
+        activation="identity" if pairs else activation,
+        add_input=add_input and not pairs,
+        eps=1e-6,
+        product_dtype=product_dtype,
+    )
+
+
 @contextmanager
 def recording(architecture: str) -> Iterator[list[Launch]]:
     """Record launches instead of running them, with the tiles of this architecture."""
@@ -165,10 +204,13 @@ def recording(architecture: str) -> Iterator[list[Launch]]:
 
 
 def launches(c: Call, architecture: str) -> list[Launch]:
-    """What a forward and a backward of this call launch, with every gradient wanted."""
-    launchers = LAUNCHERS[c.NAME]
+    """What a forward and a backward (if it has one) of this call launch, with every gradient wanted."""
+    launchers, operator = LAUNCHERS[c.NAME], OPERATORS[c.NAME]
     with recording(architecture) as recorded:
-        out, *saved = OPERATORS[c.NAME].results(c, True)
+        if isinstance(operator, EvaluationOperator):
+            launchers.forward(c, operator.result(c))
+            return recorded
+        out, *saved = operator.results(c, True)
         launchers.forward(c, out, saved)
         gradients = {
             name: torch.empty_like(value)

@@ -15,8 +15,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from mosa_fast.ops import backend, launching, sparse_adapter, sparse_lora
-from mosa_fast.ops.call import Call, SparseAdapterCall, SparseLoRACall, TensorFacts
+from mosa_fast.ops import adapter_bank, backend, launching, sparse_adapter, sparse_lora
+from mosa_fast.ops.call import AdapterBankCall, Call, SparseAdapterCall, SparseLoRACall, TensorFacts
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 EAGER_FACTOR = 2.0  # kernels may be at most this much worse than eager PyTorch in the same dtype
@@ -173,6 +173,13 @@ def shape_of(facts: TensorFacts, sizes: dict[str, Any]) -> tuple[int, ...]:
     return tuple(shape)
 
 
+def operator_of(arguments: dict[str, Any]) -> tuple[Any, type[Call]]:
+    """The operator that these are arguments of, and its call."""
+    if "tasks" in arguments:
+        return adapter_bank, AdapterBankCall
+    return (sparse_lora, SparseLoRACall) if "columns" in arguments else (sparse_adapter, SparseAdapterCall)
+
+
 def run(
     name: str,
     arguments: dict[str, Any],
@@ -181,7 +188,7 @@ def run(
     autocast: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Output and gradients (None: all) with a backend, `dtype` (of everything; None: as it is), perhaps autocast."""
-    operator, call = (sparse_lora, SparseLoRACall) if "columns" in arguments else (sparse_adapter, SparseAdapterCall)
+    operator, call = operator_of(arguments)
     wanted = differentiable(call) if wanted is None else wanted
     leaves = {}
     for key, value in arguments.items():
@@ -193,6 +200,8 @@ def run(
         out = operator(**arguments | leaves)
     results = {"out": out.detach()}
     leaves = {key: leaf for key, leaf in leaves.items() if leaf.requires_grad}
+    if not leaves:
+        return results
     generator = torch.Generator().manual_seed(99)
     grad = torch.randn(out.shape, generator=generator).to(device)
     grad = grad.to(out.dtype if dtype is None else kernel_out_dtype(arguments)).to(out.dtype)

@@ -78,7 +78,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> AdaptedModel:
             message names what differs (configuration, tensors, the backbone's weights, classes).
         FileNotFoundError: there is no such file.
     """
-    tensors, metadata = _read(Path(path))
+    tensors, metadata = read_adapter(Path(path))
     model = unwrapped(model)
     adapted: AdaptedModel | None = model if isinstance(model, AdaptedModel) else None
     if adapted is not None:
@@ -89,16 +89,42 @@ def load_adapter(model: nn.Module, path: str | Path) -> AdaptedModel:
                 f"{path} is for {_shown(metadata.classes)}, but the model is for {_shown(adapted.classes)}"
             )
     # Checked on a copy without data first, so that a file that does not fit leaves the model as it was.
-    candidate = adapted or _prepare(_on_meta(model), metadata.config, tensors)
-    check_trained_state(candidate, tensors, str(path))
-    _check_classes(candidate, metadata, str(path))
-    _check_backbone(model, tensors, metadata, str(path))
+    check_adapter(
+        adapted or prepare(without_data(model), metadata.config, tensors), model, tensors, metadata, str(path)
+    )
     if adapted is None:
-        adapted = _prepare(model, metadata.config, tensors)
+        adapted = prepare(model, metadata.config, tensors)
     load_trained_state(adapted, tensors, str(path))
     adapted.classes = metadata.classes or adapted.classes
     adapted.preprocessing = metadata.preprocessing or adapted.preprocessing
     return adapted
+
+
+def read_adapter(path: Path) -> tuple[dict[str, Tensor], Metadata]:
+    """What an adapter file holds, by timm name, and what it says of itself; it raises what `read_metadata` does."""
+    with open_adapter(path) as handle:
+        metadata = Metadata.from_texts(handle.metadata() or {}, str(path))
+        tensors: dict[str, Tensor] = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    return tensors, metadata
+
+
+def check_adapter(
+    candidate: AdaptedModel, backbone: nn.Module, tensors: dict[str, Tensor], metadata: Metadata, source: str
+) -> None:
+    """Check what an adapter file holds.
+
+    Args:
+        candidate: a model as it describes, which need not have data (`prepare`).
+        backbone: what it is to be put on, adapted or not.
+        tensors, metadata: the file's.
+        source: what messages call it.
+
+    Raises:
+        ValueError: tensors, classes or the weights of the backbone do not fit.
+    """
+    check_trained_state(candidate, tensors, source)
+    _check_classes(candidate, metadata, source)
+    _check_backbone(backbone, tensors, metadata, source)
 
 
 def timm_names(model: nn.Module) -> dict[str, str]:
@@ -194,7 +220,7 @@ def _shown(names: Sequence[str] | None) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _prepare(model: nn.Module, config: MoSAConfig, tensors: dict[str, Tensor]) -> AdaptedModel:
+def prepare(model: nn.Module, config: MoSAConfig, tensors: dict[str, Tensor]) -> AdaptedModel:
     """Adapters, and a head of the file's size, for a plain model."""
     timm_model: Any = model
     own = [path for path, module in model.named_modules() if any(module is head for head in heads(model))]
@@ -208,7 +234,7 @@ def _prepare(model: nn.Module, config: MoSAConfig, tensors: dict[str, Tensor]) -
     return adapt(model, config)
 
 
-def _on_meta(model: nn.Module) -> nn.Module:
+def without_data(model: nn.Module) -> nn.Module:
     """A copy of the structure on the meta device; no data is copied."""
     copies: dict[int, object] = {}
     for parameter in model.parameters():
@@ -216,10 +242,3 @@ def _on_meta(model: nn.Module) -> nn.Module:
     for buffer in model.buffers():
         copies[id(buffer)] = buffer.to("meta")
     return copy.deepcopy(model, copies)
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], Metadata]:
-    with open_adapter(path) as handle:
-        metadata = Metadata.from_texts(handle.metadata() or {}, str(path))
-        tensors: dict[str, Tensor] = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    return tensors, metadata

@@ -174,7 +174,7 @@ def _with_linears(block: nn.Module) -> nn.Module:
     for path, wrapped in list(block.named_modules()):
         if isinstance(wrapped, LoRALinear):
             linear: Any = wrapped.linear
-            lora = copy.deepcopy(wrapped.lora)
+            lora: Any = copy.deepcopy(wrapped.lora)
             lora.merge()
             scale = torch.as_tensor(lora.scale, dtype=torch.float64, device=lora.up.weight.device)
             widths = [stop - start for start, stop in lora.columns]

@@ -12,6 +12,7 @@ from mosa_fast.adapters.seams import call_qkv_as_module, lora_targets
 from mosa_fast.adapters.wrapper import Wrapper
 from mosa_fast.config import MoSAConfig
 from mosa_fast.nn import SparseLoRA
+from mosa_fast.nn.stacks import LoRAStack
 from mosa_fast.routing import BlockRouting
 
 SCALE = 1.0  # what "auto" means in a MoSAConfig
@@ -24,14 +25,14 @@ class LoRALinear(Wrapper):
 
     Attributes:
         linear: timm's.
-        lora: the pairs.
+        lora: the pairs, of one task or (in a bank) of many.
         experts: int32 `[T, V, 2]` of the pass that is running; None between passes.
         bypassed: leave the pairs out, in the pass that is running.
     """
 
     CHILD = "linear"
 
-    def __init__(self, linear: nn.Module, lora: SparseLoRA) -> None:
+    def __init__(self, linear: nn.Module, lora: SparseLoRA | LoRAStack) -> None:
         super().__init__()
         self.experts: Tensor | None = None
         self.bypassed = False

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from mosa_fast.backbones import embedded
 from mosa_fast.backbones.fingerprint import Fingerprint
 from mosa_fast.config import MoSAConfig
-from mosa_fast.data.transforms import Preprocessing
+from mosa_fast.data.preprocessing import Preprocessing
 from mosa_fast.version import __version__
 
 FORMAT = "mosa_fast.adapter.1"

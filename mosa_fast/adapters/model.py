@@ -24,7 +24,7 @@ from mosa_fast.adapters.wrapper import Wrapper
 from mosa_fast.backbones.frozen import hold_statistics, parts_samples
 from mosa_fast.backbones.heads import classifiers
 from mosa_fast.config import MoSAConfig
-from mosa_fast.data.transforms import Preprocessing
+from mosa_fast.data.preprocessing import Preprocessing
 from mosa_fast.nn.mixture import FIXED, MixtureLayer
 from mosa_fast.routing import Routing, as_seed, draw
 

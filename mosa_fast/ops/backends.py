@@ -15,7 +15,7 @@ from mosa_fast.ops import extension
 
 BACKENDS = ("reference", "triton", "cuda")
 # The operators that a backend has kernels for; the reference serves all.
-KERNELS = {"triton": ("sparse_adapter", "sparse_lora"), "cuda": ("sparse_adapter",)}
+KERNELS = {"triton": ("sparse_adapter", "sparse_lora", "adapter_bank"), "cuda": ("sparse_adapter",)}
 ENVIRONMENT_VARIABLE = "MOSA_FAST_BACKEND"
 LEAST_CAPABILITY = (8, 0)  # Ampere: bfloat16 tensor cores and asynchronous copies
 

@@ -148,7 +148,7 @@ class Call:
                 raise ValueError(f"{name} must be {_expected(facts, sizes)}, got {describe(value)}")
             if value.device != device:
                 check_device(name, value, x)
-        if not self.fork and x.shape[0] % self.groups:
+        if not self.fork and self.groups and x.shape[0] % self.groups:
             raise ValueError(f"experts has {self.groups} groups, which do not divide the {x.shape[0]} samples of x")
 
 
@@ -234,6 +234,52 @@ class SparseLoRACall(Call, name="sparse_lora"):
     def ranks(self) -> int:
         """The ranks of all targets, R = T r."""
         return self.down_weight.shape[0]
+
+
+@dataclass(frozen=True)
+class AdapterBankCall(Call, name="adapter_bank"):
+    """A call of `mosa_fast.ops.adapter_bank`, whose docstring says what the arguments mean.
+
+    Every sample is a group, since it has a task of its own.
+    """
+
+    x: Annotated[Tensor, tensor("... D")]
+    skip: Annotated[Tensor | None, tensor("... O", only_added=True)]
+    norm_weight: Annotated[Tensor | None, tensor("N D")]
+    norm_bias: Annotated[Tensor | None, tensor("N D")]
+    down_weight: Annotated[Tensor, tensor("N r D")]
+    down_bias: Annotated[Tensor | None, tensor("N r")]
+    up_weight: Annotated[Tensor, tensor("N O r")]
+    up_bias: Annotated[Tensor | None, tensor("N O")]
+    tasks: Annotated[Tensor, tensor(None, torch.int32)]
+    activation: str
+    add_input: bool
+    eps: float
+    product_dtype: torch.dtype
+
+    fork = False  # no argument
+
+    @property
+    def groups(self) -> int:
+        """The number of samples, B."""
+        return self.x.shape[0]
+
+    @property
+    def bottleneck(self) -> int:
+        """The bottleneck, r: the largest of the tasks'."""
+        return self.down_weight.shape[1]
+
+    @property
+    def out_width(self) -> int:
+        """The width of the output, O."""
+        return self.up_weight.shape[1]
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """Dtype of the output."""
+        if self.skip is None:
+            return self.x.dtype
+        return torch.promote_types(self.x.dtype, self.skip.dtype) if self.add_input else self.skip.dtype
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -25,7 +25,7 @@ from mosa_fast.ops.call import Call
 
 NAMESPACE = "mosa_fast"
 
-OPERATORS: dict[str, Operator] = {}  # by name
+OPERATORS: dict[str, Operator | EvaluationOperator] = {}  # by name
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
@@ -62,8 +62,8 @@ class Operator:
         backward = [tensors[tensor] for tensor in call.TENSORS] + results_schema[1:] + ["Tensor grad_out"]
         backward += [call.SCHEMA[option] for option in call.OPTIONS]
         backward += ["bool[] needed", "ScalarType? added_dtype", "str backend"]
-        self._define(name, f"({', '.join(forward)}) -> ({', '.join(results_schema)})")
-        self._define(f"{name}_backward", f"({', '.join(backward)}) -> Tensor[]")
+        _define(name, f"({', '.join(forward)}) -> ({', '.join(results_schema)})")
+        _define(f"{name}_backward", f"({', '.join(backward)}) -> Tensor[]")
         self.forward_op = getattr(torch.ops.mosa_fast, name).default
         self.backward_op = getattr(torch.ops.mosa_fast, f"{name}_backward").default
         _library.impl(name, self._forward, "CompositeExplicitAutograd")
@@ -81,9 +81,6 @@ class Operator:
             return self.forward_op(*values, save, backend)[0]
         # What the dispatcher would come back to: that way through C++ takes a tenth of a call's time.
         return self._differentiable_forward(*values, save, backend)[0]
-
-    def _define(self, name: str, schema: str) -> None:
-        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def _forward(self, *arguments: Any) -> tuple[Tensor, ...]:
         *values, save, backend = arguments
@@ -161,6 +158,56 @@ class Operator:
             return self.backward_op(*arguments)
 
 
+class EvaluationOperator:
+    """An operator without gradients, whose backward is an error.
+
+    `mosa_fast::NAME` takes the call's arguments and the backend's name, and returns the output. The reference is behind
+    it as well: what it does may depend on values, which torch.compile cannot trace.
+
+    Args:
+        call: as `Operator`'s.
+        result: memory for the output.
+        reference: makes the output by itself.
+    """
+
+    def __init__(self, call: type[Call], result: Callable[[Any], Tensor], reference: Callable[[Any], Tensor]) -> None:
+        name = self.name = call.NAME
+        self.call, self.result, self.reference = call, result, reference
+        OPERATORS[name] = self
+        _define(name, f"({', '.join([*call.SCHEMA.values(), 'str backend'])}) -> Tensor")
+        self.op = getattr(torch.ops.mosa_fast, name).default
+        _library.impl(name, self._forward, "CompositeExplicitAutograd")
+        _library.impl(name, self._without_gradient, "Autograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", self._fake, lib=_library)
+
+    def __call__(self, call: Call, backend: str) -> Tensor:
+        """Run a backend on a checked call."""
+        out: Tensor = self.op(*call.values(), backend)
+        return out
+
+    def _forward(self, *arguments: Any) -> Tensor:
+        *values, backend = arguments
+        call = self.call(*map(_contiguous, values))
+        if backend == "reference":
+            return self.reference(call)
+        out = self.result(call)
+        if out.numel():
+            with torch.cuda.device_of(call.x):  # kernels run on the current device
+                _launchers(self.name, backend).forward(call, out)
+        return out
+
+    def _fake(self, *arguments: Any) -> Tensor:
+        *values, _backend = arguments
+        return self.result(self.call(*values))
+
+    def _without_gradient(self, *arguments: Any) -> Tensor:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+            out: Tensor = _Evaluated.apply(self, *arguments)
+            return out
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.op(*arguments)
+
+
 class _Recorded(torch.autograd.Function):
     """A forward operator with its gradient."""
 
@@ -213,6 +260,24 @@ class _Refused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_gradients: Any) -> None:
         raise RuntimeError(f"{ctx.name}'s kernels have no second derivative; use the reference backend for it")
+
+
+class _Evaluated(torch.autograd.Function):
+    """An operator that is for evaluation only."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: EvaluationOperator, *arguments: Any) -> Tensor:
+        ctx.name = operator.name
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.op(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, _gradient: Any) -> None:
+        raise RuntimeError(f"{ctx.name} is for evaluation: it has no gradient")
+
+
+def _define(name: str, schema: str) -> None:
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 @cache

@@ -25,6 +25,13 @@ def check_model(config: TrainConfig) -> None:
         check_adaptable(config.model.name)
 
 
+def build_backbone(config: TrainConfig, num_classes: int) -> Any:
+    """The timm model of a run, with its pretrained weights where the method begins with them, and a fresh head."""
+    torch.manual_seed(config.seed)  # the head's initial weights
+    section = replace(config.model, pretrained=config.model.pretrained and METHODS[config.method].pretrained)
+    return create_backbone(section, num_classes, config.data.image_size)
+
+
 def build_model(config: TrainConfig, num_classes: int) -> Any:
     """Backbone, head and, where the method has them, adapters; what is not trained is frozen.
 
@@ -33,9 +40,7 @@ def build_model(config: TrainConfig, num_classes: int) -> Any:
     """
     check_model(config)
     method = METHODS[config.method]
-    torch.manual_seed(config.seed)  # the head's initial weights
-    backbone = replace(config.model, pretrained=config.model.pretrained and method.pretrained)
-    model: Any = create_backbone(backbone, num_classes, config.data.image_size)
+    model = build_backbone(config, num_classes)
     trained = [p for p in method.trained(model, classifiers(model), config.partial_blocks) if p.requires_grad]
     if method.adapters is None:
         model.requires_grad_(False)

@@ -7,9 +7,10 @@ from collections.abc import Sized
 from mosa_fast.backbones.create import channel_statistics
 from mosa_fast.config import TrainConfig
 from mosa_fast.data import load_data, preprocessing_of
-from mosa_fast.data.loading import cache_decoded, drop_unreadable
+from mosa_fast.data.loading import drop_unreadable
+from mosa_fast.data.memory import cache_decoded
 from mosa_fast.data.parts import Splits
-from mosa_fast.data.transforms import IMAGENET, Preprocessing, Statistics
+from mosa_fast.data.preprocessing import IMAGENET, Preprocessing, Statistics
 
 
 def channel_statistics_of(config: TrainConfig) -> Statistics:

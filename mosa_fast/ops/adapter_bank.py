@@ -1,0 +1,101 @@
+"""The operator `adapter_bank`: public function, checks, the memory that its kernel fills, and dispatch to a backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mosa_fast.ops import launching, reference
+from mosa_fast.ops.backends import resolve_backend
+from mosa_fast.ops.call import AdapterBankCall, check_device, describe, product_dtype
+from mosa_fast.ops.registration import EvaluationOperator
+
+
+def adapter_bank(
+    x: Tensor,
+    skip: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    tasks: Tensor,
+    *,
+    activation: str = "gelu",
+    add_input: bool = True,
+    eps: float = 1e-6,
+) -> Tensor:
+    """N tasks' dense adapters, each sample through its own task's: `(x) + (skip) + up_t(act(down_t(norm_t(x))))`.
+
+    Bottleneck adapters, and low-rank pairs on a linear: these have no norm, no biases and the activation "identity", x
+    is what the linear reads, skip what it gives, and x is not added. A factor on an adapter's output is part of its
+    up-projection. An adapter with a smaller bottleneck than others is padded with zeros, which add nothing.
+
+    For evaluation: there is no gradient. The arithmetic is in `mosa_fast.ops.reference`. Products run in autocast's
+    dtype when it is on, else in x's; sums and statistics in float32 (float64 when x is). The reference shares products
+    among neighbours of one task, so that a batch should be sorted by task; it waits for the device to read `tasks`.
+
+    Args:
+        x: `[B, ..., D]`, float16, bfloat16, float32 or float64; the first dimension counts samples.
+        skip: `[B, ..., O]`, added to the output, any floating dtype. None: nothing is added.
+        norm_weight, norm_bias: `[N, D]`, the adapters' LayerNorms; both None: no norm.
+        down_weight: `[N, r, D]`. up_weight: `[N, O, r]`.
+        down_bias: `[N, r]`; None: zero. up_bias: likewise `[N, O]`.
+        tasks: int32 `[B]`, the task of each sample, 0 to N - 1. Values are not checked (that would wait for the
+            device): one that is out of range reads other memory.
+        activation: "gelu" (exact), "relu", "silu" or "identity".
+        add_input: add x to the output, which then is as wide.
+        eps: of the norms.
+
+    Returns:
+        `[B, ..., O]`, in the promoted dtype of what is added, of x where nothing is; it shares memory with no argument.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, what came and what was expected.
+        RuntimeError: the backend that was asked for cannot serve; or a gradient was asked for.
+    """
+    call = AdapterBankCall(
+        x=x,
+        skip=skip,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        down_weight=down_weight,
+        down_bias=down_bias,
+        up_weight=up_weight,
+        up_bias=up_bias,
+        tasks=tasks,
+        activation=activation,
+        add_input=add_input,
+        eps=float(eps),
+        product_dtype=product_dtype(x),
+    )
+    _check(call)
+    return _operator(call, resolve_backend(x.device, x.dtype, call.NAME))
+
+
+def result(call: AdapterBankCall) -> Tensor:
+    """Memory for the output, `[B, ..., O]`."""
+    return launching.empty((*call.x.shape[:-1], call.out_width), call.out_dtype, call.x.device)
+
+
+_operator = EvaluationOperator(AdapterBankCall, result, reference.adapter_bank)
+
+
+def _check(call: AdapterBankCall) -> None:
+    """What a call's shapes and dtypes alone do not say."""
+    call.check()
+    c, samples = call, call.x.shape[0]
+    if c.tasks.dtype != torch.int32 or c.tasks.shape != (samples,):
+        raise ValueError(f"tasks must be int32 [{samples}], one for each sample of x, got {describe(c.tasks)}")
+    check_device("tasks", c.tasks, c.x)
+    if (c.norm_weight is None) != (c.norm_bias is None):
+        missing = "norm_weight" if c.norm_weight is None else "norm_bias"
+        raise ValueError(f"{missing} is None, but the other is not: give both or neither")
+    if c.add_input and c.out_width != c.width:
+        raise ValueError(
+            f"x is {c.width} wide and cannot be added to an output of {c.out_width}: add_input must be False"
+        )
+    known = (*reference.ACTIVATIONS, reference.IDENTITY)
+    if c.activation not in known:
+        raise ValueError(f"activation must be one of {', '.join(known)}, got {c.activation!r}")

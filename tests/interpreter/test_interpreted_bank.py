@@ -1,0 +1,87 @@
+"""adapter_bank's kernel in Triton's interpreter."""
+
+import pytest
+import torch
+from bank_cases import CASES, OF_ADAPTERS, BankCase
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import check, compare, make, poisoned, run, variant
+
+from mosa_fast.ops import adapter_bank, backend
+from mosa_fast.ops.call import AdapterBankCall
+
+DTYPES = [torch.float32, torch.float16]
+BY_NAME = {case.name: case for case in CASES}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_output(case, dtype):
+    check(case, dtype, "cpu")
+
+
+@st.composite
+def random_cases(draw):
+    number, width = draw(st.integers(1, 4)), draw(st.integers(1, 140))
+    add_input = draw(st.booleans())
+    return BankCase(
+        "random",
+        width=width,
+        out_width=None if add_input else draw(st.integers(1, 140)),
+        bottleneck=draw(st.integers(1, 40)),
+        tokens=draw(st.integers(1, 40)),
+        tasks=tuple(draw(st.lists(st.integers(0, number - 1), min_size=1, max_size=4))),
+        number=number,
+        absent=draw(st.sampled_from([(), OF_ADAPTERS, ("skip",), OF_ADAPTERS[:2]])),
+        activation=draw(st.sampled_from(["gelu", "relu", "silu", "identity"])),
+        add_input=add_input,
+    )
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@given(random_cases(), st.sampled_from(DTYPES))
+def test_shapes_and_options_at_random(case, dtype):
+    check(case, dtype, "cpu")
+
+
+def test_autocast_rounds_the_products_only():
+    arguments = make(BankCase("autocast", skip_dtype=torch.float16), torch.float32, "cpu")
+    oracle = run("reference", arguments, dtype=torch.float64)
+    eager = run("reference", arguments, autocast=torch.float16)
+    with poisoned():
+        ours = run("triton", arguments, autocast=torch.float16)
+    assert ours["out"].dtype == torch.float32
+    compare(ours, eager, oracle, torch.float16)
+
+
+def test_non_contiguous_and_expanded_inputs():
+    arguments = make(BY_NAME["adapters"], torch.float32, "cpu")
+    strided = dict(arguments)
+    strided["x"] = arguments["x"].transpose(0, 1).contiguous().transpose(0, 1)
+    strided["skip"] = arguments["skip"][:1].expand_as(arguments["skip"])
+    strided["up_weight"] = arguments["up_weight"].mT.contiguous().mT
+    plain = {k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in strided.items()}
+    assert torch.equal(run("triton", strided)["out"], run("triton", plain)["out"])
+
+
+def test_a_sample_gives_the_same_bits_in_any_company():
+    arguments = make(BankCase("company", tasks=(2, 0, 1, 2)), torch.float16, "cpu")
+    together = run("triton", arguments)["out"]
+    order = [3, 1, 0, 2]
+    moved = {key: arguments[key][order] for key in ("x", "skip", "tasks")}
+    assert torch.equal(run("triton", arguments | moved)["out"], together[order])
+
+
+@pytest.mark.parametrize("name", ["adapters", "low_rank_pairs", "empty_batch"])
+def test_opcheck(name):
+    values = make(variant(BY_NAME[name], width=32, out_width=None), torch.float32, "cpu")
+    values["product_dtype"] = torch.float32
+    arguments = [values[key] for key in (*AdapterBankCall.TENSORS, *AdapterBankCall.OPTIONS)]
+    torch.library.opcheck(torch.ops.mosa_fast.adapter_bank.default, [*arguments, "triton"])
+
+
+def test_compile_without_graph_breaks():
+    compiled = torch.compile(adapter_bank, fullgraph=True)
+    arguments = make(BY_NAME["adapters"], torch.float32, "cpu")
+    with backend("triton"):
+        torch.testing.assert_close(compiled(**arguments), adapter_bank(**arguments))
