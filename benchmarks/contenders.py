@@ -223,11 +223,12 @@ def dense(setting: Setting) -> Learner:
     return Learner(model, lambda batch, step: (model(*batch.repeated()),), model)
 
 
-def _peft_unavailable() -> str | None:
+def peft_unavailable() -> str | None:
+    """Why there is no contender of the peft library; None: there is."""
     return None if importlib.util.find_spec("peft") else 'peft is not installed: pip install -e ".[compare]"'
 
 
-@contender("peft, q and v", LORA_CASES, unavailable=_peft_unavailable)
+@contender("peft, q and v", LORA_CASES, unavailable=peft_unavailable)
 def peft_q_and_v(setting: Setting) -> Learner:
     """LoRA on the targets that MoSL has, which stand apart for it; two views in one batch."""
     mixture = setting.mixture(DENSE_LORA_CONFIG)
@@ -246,7 +247,7 @@ def peft_q_and_v(setting: Setting) -> Learner:
     return Learner(model, lambda batch, step: (run(*batch.repeated()),), model, mixture, adapters=pairs)
 
 
-@contender("peft, fused qkv", ("block", "step", "evaluation"), unavailable=_peft_unavailable)
+@contender("peft, fused qkv", ("block", "step", "evaluation"), unavailable=peft_unavailable)
 def peft_fused(setting: Setting) -> Learner:
     """LoRA as it is put into timm's models: one pair on q, k and v together; two views in one batch."""
     model = _with_peft(copy.deepcopy(setting.backbone), ["qkv"], modules_to_save=["head"])

@@ -7,16 +7,17 @@ For a row x of a sample of task t, with W = W_down[t], U = W_up[t] and g, b the 
     out = (x) + (skip) + h U^T + b_up[t]                    [O]
 
 The norm is applied after the product, as in sparse_adapter_fwd.py, where it is derived: x is read from memory once.
-Low-rank pairs have neither norm nor biases nor activation; x is a linear's input, skip its output.
+Low-rank pairs have neither norm nor biases nor activation; x is a linear's input, skip its output, and each of T
+targets has a pair of its own: hidden values of all are side by side, R = T r, as in sparse_lora_fwd.py.
 
 Bytes, for M rows of B samples, s bytes an element: read x: M D s, and again in the second pass where it is added, from
 the L2 cache; read skip: M O s; write out: M O s.
 
-Weights: 4 r (D + O) for each program, from the L2 cache, and from memory once for each task of the batch whose samples
-are neighbours. A program's rows are of one sample, so that a sample of T tokens has ceil(T / BLOCK_ROWS) of them. With
-r = 64, D = O = 768 in bfloat16, 64 rows are 0.3 MB of activations beside 0.4 MB of weights: what limits a program is
-the L2 cache, not memory. Between tasks nothing is shared: 64 of them are 25 MB a layer, beside 39 MB that 128 samples
-of 197 tokens read or write once.
+Weights: 4 (R D + r W) for each program, W the targets' columns, from the L2 cache, and from memory once for each task
+of the batch whose samples are neighbours. A program's rows are of one sample, so that a sample of T tokens has
+ceil(T / BLOCK_ROWS) of them. With r = 64, D = O = 768, a program of 128 rows in bfloat16 reads 0.4 MB of weights beside
+0.6 MB of activations: what limits it is the L2 cache, not memory. Between tasks no weights are shared: 64 tasks have
+25 MB of them, beside the 116 MB that 128 samples of 197 tokens read and write.
 """
 
 from __future__ import annotations
@@ -24,7 +25,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mosa_fast.kernels.device_functions import READ_AGAIN, READ_ONCE, activate, load_tile
+from mosa_fast.kernels.device_functions import (
+    READ_AGAIN,
+    READ_ONCE,
+    activate,
+    block_of_columns,
+    load_tile,
+    target_tile,
+)
 
 
 @triton.jit(do_not_specialize=["rows_per_group"])
@@ -43,22 +51,27 @@ def adapter_bank_fwd_kernel(
     eps,
     WIDTH: tl.constexpr,
     OUT_WIDTH: tl.constexpr,
-    BOTTLENECK: tl.constexpr,
+    TRAINED_WIDTH: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    ALL_COLUMNS: tl.constexpr,
+    COLUMN_BLOCKS: tl.constexpr,
+    EVEN_TARGETS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ADD_INPUT: tl.constexpr,
     PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_BOTTLENECK: tl.constexpr,
+    BLOCK_RANKS: tl.constexpr,
 ):
     """One program: BLOCK_ROWS rows of one sample. A sample's programs are neighbours, and share its task's weights.
 
-    A group is a sample. ADD_INPUT: add x, which is as wide as out.
+    A group is a sample. ALL_COLUMNS: every column of out in order, as `block_of_columns` takes ranges; COLUMN_BLOCKS
+    blocks. EVEN_TARGETS: no block of columns is cut short. TRAINED_WIDTH: W. ADD_INPUT: add x, which is as wide as out.
     """
     EVEN_WIDTH: tl.constexpr = WIDTH % BLOCK_COLUMNS == 0
-    EVEN_OUT: tl.constexpr = OUT_WIDTH % BLOCK_COLUMNS == 0
-    EVEN_RANKS: tl.constexpr = BOTTLENECK == BLOCK_BOTTLENECK
+    EVEN_RANKS: tl.constexpr = RANKS == BLOCK_RANKS
     FIRST_COLUMNS: tl.constexpr = BLOCK_COLUMNS if BLOCK_COLUMNS < WIDTH else WIDTH
     blocks = tl.cdiv(rows_per_group, BLOCK_ROWS)
     sample = tl.program_id(0) // blocks
@@ -68,18 +81,18 @@ def adapter_bank_fwd_kernel(
     rows = (tl.program_id(0) % blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_valid = rows < rows_per_group
     rows = sample.to(tl.int64) * rows_per_group + tl.minimum(rows, rows_per_group - 1)
-    ranks = tl.arange(0, BLOCK_BOTTLENECK)
-    rank_valid = ranks < BOTTLENECK
+    ranks = tl.arange(0, BLOCK_RANKS)
+    rank_valid = ranks < RANKS
     x_rows = x_ptr + rows[:, None] * WIDTH
 
     # Pass 1: statistics and projection.
-    down_weight_ptr += task * (BOTTLENECK * WIDTH)
-    projected = tl.zeros([BLOCK_ROWS, BLOCK_BOTTLENECK], tl.float32)
+    down_weight_ptr += task * (RANKS * WIDTH)
+    projected = tl.zeros([BLOCK_ROWS, BLOCK_RANKS], tl.float32)
     if norm_weight_ptr is not None:
         norm_weight_ptr += task * WIDTH
         norm_bias_ptr += task * WIDTH
-        weight_bias = tl.zeros([BLOCK_BOTTLENECK], tl.float32)  # W b
-        weight_sums = tl.zeros([BLOCK_BOTTLENECK], tl.float32)  # row sums of W diag(g)
+        weight_bias = tl.zeros([BLOCK_RANKS], tl.float32)  # W b
+        weight_sums = tl.zeros([BLOCK_RANKS], tl.float32)  # row sums of W diag(g)
         columns = tl.arange(0, BLOCK_COLUMNS)
         first = load_tile(x_rows + columns[None, :], columns[None, :] < WIDTH, EVEN_WIDTH).to(tl.float32)
         pivot = tl.sum(first, axis=1) / FIRST_COLUMNS
@@ -112,35 +125,53 @@ def adapter_bank_fwd_kernel(
         rstd = tl.rsqrt(tl.maximum(squares / WIDTH - mean * mean, 0.0) + eps)
         projected = rstd[:, None] * (projected - mean[:, None] * weight_sums[None, :]) + weight_bias[None, :]
     if down_bias_ptr is not None:
-        down_bias = tl.load(down_bias_ptr + task * BOTTLENECK + ranks, mask=rank_valid, other=0.0)
+        down_bias = tl.load(down_bias_ptr + task * RANKS + ranks, mask=rank_valid, other=0.0)
         projected += down_bias.to(tl.float32)[None, :]
     hidden = (projected if ACTIVATION == "identity" else activate(projected, ACTIVATION)).to(PRODUCT)
 
     # Pass 2: to the output's columns. x and skip are read one block ahead, so that memory is busy during a product.
-    up_weight_ptr += task * (OUT_WIDTH * BOTTLENECK)
-    columns = tl.arange(0, BLOCK_COLUMNS)
+    up_weight_ptr += task * (TRAINED_WIDTH * RANK)
+    if up_bias_ptr is not None:
+        up_bias_ptr += task * TRAINED_WIDTH
+    skip_rows = rows[:, None] * OUT_WIDTH
+    start, end, row, first_rank = block_of_columns(0, ALL_COLUMNS, BLOCK_COLUMNS)
+    columns = start + tl.arange(0, BLOCK_COLUMNS)
     if ADD_INPUT:
-        next_x = load_tile(x_rows + columns[None, :], columns[None, :] < WIDTH, EVEN_WIDTH, READ_ONCE)
+        next_x = load_tile(x_rows + columns[None, :], (columns < end)[None, :], EVEN_TARGETS, READ_ONCE)
     if skip_ptr is not None:
-        skip_rows = skip_ptr + rows[:, None] * OUT_WIDTH
-        next_skip = load_tile(skip_rows + columns[None, :], columns[None, :] < OUT_WIDTH, EVEN_OUT, READ_ONCE)
-    for start in range(0, OUT_WIDTH, BLOCK_COLUMNS):
+        next_skip = load_tile(
+            skip_ptr + skip_rows + columns[None, :], (columns < end)[None, :], EVEN_TARGETS, READ_ONCE
+        )
+    for index in range(COLUMN_BLOCKS):
+        start, end, row, first_rank = block_of_columns(index, ALL_COLUMNS, BLOCK_COLUMNS)
         columns = start + tl.arange(0, BLOCK_COLUMNS)
-        column_valid = columns < OUT_WIDTH
-        ahead = (columns + BLOCK_COLUMNS)[None, :]
+        column_valid = columns < end
+        ahead, ahead_end, _, _ = block_of_columns(index + 1, ALL_COLUMNS, BLOCK_COLUMNS)
+        ahead_columns = ahead + tl.arange(0, BLOCK_COLUMNS)
+        ahead_valid = (ahead_columns < ahead_end)[None, :]
         if ADD_INPUT:
             x = next_x
-            next_x = load_tile(x_rows + ahead, ahead < WIDTH, False, READ_ONCE)
+            next_x = load_tile(x_rows + ahead_columns[None, :], ahead_valid, False, READ_ONCE)
         if skip_ptr is not None:
             skip = next_skip
-            next_skip = load_tile(skip_rows + ahead, ahead < OUT_WIDTH, False, READ_ONCE)
-        valid = column_valid[:, None] & rank_valid[None, :]
-        weight_tile = up_weight_ptr + columns[:, None] * BOTTLENECK + ranks[None, :]
-        weight = load_tile(weight_tile, valid, EVEN_OUT and EVEN_RANKS).to(PRODUCT)
-        out = tl.dot(hidden, tl.trans(weight), input_precision=PRECISION)
+            next_skip = load_tile(skip_ptr + skip_rows + ahead_columns[None, :], ahead_valid, False, READ_ONCE)
+        weight = target_tile(
+            up_weight_ptr,
+            None,
+            ranks,  # of experts, which nobody asks for where weights have no owners
+            1.0,
+            row,
+            column_valid,
+            first_rank,
+            ranks,
+            RANK,
+            BLOCK_COLUMNS,
+            EVEN_TARGETS and RANK == BLOCK_RANKS,
+        )
+        out = tl.dot(hidden, tl.trans(weight.to(PRODUCT)), input_precision=PRECISION)
         if up_bias_ptr is not None:
-            up_bias = load_tile(up_bias_ptr + task * OUT_WIDTH + columns, column_valid, EVEN_OUT)
-            out += up_bias.to(tl.float32)[None, :]
+            bias_valid = column_valid & (first_rank < RANKS)
+            out += tl.load(up_bias_ptr + row + tl.arange(0, BLOCK_COLUMNS), mask=bias_valid, other=0.0).to(tl.float32)
         if ADD_INPUT:
             out += x.to(tl.float32)
         if skip_ptr is not None:

@@ -54,8 +54,9 @@ def main(arguments: list[str] | None = None) -> None:
         from mosa_fast.training.finished_run import open_run
 
         runs = [open_run(folder, options.device) for folder in options.run]
-        inputs = find_inputs(options.inputs, sys.stdin)
-        sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # names of files are bytes
+        for stream in (sys.stdin, sys.stdout) if "-" in options.inputs else (sys.stdout,):
+            stream.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # names of files are bytes
+        inputs = find_inputs(options.inputs, sys.stdin or ())
         bad = 0
         with FORMATS[options.format](sys.stdout, len(runs) > 1) as write:
             for answer in predict(runs, inputs, options.top, options.batch_size, options.workers):

@@ -26,12 +26,12 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
-        """The resolved configuration, itself a recipe. Written when a run starts; read by evaluate and predict."""
+        """The resolved configuration, itself a recipe. Written when a run starts; read by training.finished_run."""
         return self.path / "config.yaml"
 
     @property
     def classes(self) -> Path:
-        """Names of the classes, by label. Written when a run starts; read by evaluate and predict."""
+        """Names of the classes, by label. Written when a run starts; read by training.finished_run."""
         return self.path / "classes.json"
 
     @property
@@ -68,12 +68,12 @@ class RunFolder:
 
     @property
     def adapter(self) -> Path:
-        """Adapters and head of the selected epoch. Written at a run's end; read by evaluate, predict, load_adapter."""
+        """Adapters and head of the selected epoch. Written at the end; read by training.finished_run, load_adapter."""
         return self.path / "adapter.safetensors"
 
     @property
     def model(self) -> Path:
-        """Where a method has no adapters, what it trained. Written at a run's end; read by evaluate and predict."""
+        """Where a method has no adapters, what it trained. Written at a run's end; read by training.finished_run."""
         return self.path / "model.safetensors"
 
     @property

@@ -27,7 +27,8 @@ from mosa_fast.ops import (
     triton_tiles,
 )
 from mosa_fast.ops.call import AdapterBankCall, Call, SparseAdapterCall, SparseLoRACall
-from mosa_fast.ops.registration import OPERATORS, EvaluationOperator
+from mosa_fast.ops.evaluation_operator import EVALUATION_OPERATORS
+from mosa_fast.ops.registration import OPERATORS
 from mosa_fast.ops.triton_tiles import Tile
 
 TARGETS = {
@@ -164,21 +165,25 @@ def bank_call(
     dtype: torch.dtype = torch.bfloat16,
     *,
     out_width: int | None = None,
+    columns: tuple[int, ...] | None = None,
     pairs: bool = False,
-    tasks: int = 64,
     product_dtype: torch.dtype | None = None,
     activation: str = "gelu",
     add_input: bool = True,
 ) -> AdapterBankCall:
-    """A call of adapter_bank: by default adapters with norm and gelu; low-rank pairs on a linear."""
+    """A call of adapter_bank with 64 tasks: by default adapters with norm and gelu; or low-rank pairs on a linear."""
     product_dtype = product_dtype or dtype
-    samples = 128
+    samples, out_width = 128, out_width or width
+    columns = columns or (0, out_width)
+    sizes = {"...": (samples, 197), "D": width, "O": out_width, "N": 64, "r": bottleneck}
+    sizes |= {"R": len(columns) // 2 * bottleneck, "W": sum(columns[1::2]) - sum(columns[::2])}
     return without_data(
         AdapterBankCall,
-        {"...": (samples, 197), "D": width, "O": out_width or width, "r": bottleneck, "N": tasks},
+        sizes,
         {"x": dtype, "skip": product_dtype},  # under autocast a linear gives the products' dtype
         ("norm_weight", "norm_bias", "down_bias", "up_bias") if pairs else (),
         tasks=torch.empty(samples, dtype=torch.int32, device="meta"),
+        columns=columns,
         activation="identity" if pairs else activation,
         add_input=add_input and not pairs,
         eps=1e-6,
@@ -205,12 +210,12 @@ def recording(architecture: str) -> Iterator[list[Launch]]:
 
 def launches(c: Call, architecture: str) -> list[Launch]:
     """What a forward and a backward (if it has one) of this call launch, with every gradient wanted."""
-    launchers, operator = LAUNCHERS[c.NAME], OPERATORS[c.NAME]
+    launchers = LAUNCHERS[c.NAME]
     with recording(architecture) as recorded:
-        if isinstance(operator, EvaluationOperator):
-            launchers.forward(c, operator.result(c))
+        if c.NAME in EVALUATION_OPERATORS:
+            launchers.forward(c, EVALUATION_OPERATORS[c.NAME].result(c))
             return recorded
-        out, *saved = operator.results(c, True)
+        out, *saved = OPERATORS[c.NAME].results(c, True)
         launchers.forward(c, out, saved)
         gradients = {
             name: torch.empty_like(value)

@@ -20,12 +20,12 @@ class BankCase:
     name: str
     width: int = 96
     out_width: int | None = None  # None: as x
+    columns: tuple[tuple[int, int], ...] | None = None  # None: all
     bottleneck: int = 16
     tokens: int = 5
     tasks: tuple[int, ...] = (2, 0, 0, 1)  # of the samples
     number: int = 3  # of tasks in the bank
     absent: tuple[str, ...] = ()
-    x_dtype: torch.dtype | None = None
     skip_dtype: torch.dtype | None = None  # None: x's
     activation: str = "gelu"
     add_input: bool = True
@@ -40,9 +40,13 @@ class BankCase:
         """Arguments of the operator: activations in `dtype`, weights in float32."""
         generator = torch.Generator().manual_seed(seed)
         sizes = {"...": (len(self.tasks), *(self.shape or (self.tokens,))), "D": self.width, "N": self.number}
-        sizes |= {"O": self.out_width or self.width, "r": self.bottleneck}
+        out_width = self.out_width or self.width
+        columns = self.columns or ((0, out_width),)
+        sizes |= {"O": out_width, "r": self.bottleneck, "R": len(columns) * self.bottleneck}
+        sizes |= {"W": sum(stop - start for start, stop in columns)}
         arguments: dict[str, Any] = {
             "tasks": torch.tensor(self.tasks, dtype=torch.int32, device=device),
+            "columns": self.columns,
             "activation": self.activation,
             "add_input": self.add_input,
             "eps": 1e-5,
@@ -77,8 +81,12 @@ CASES = [
     BankCase("skip_of_another_dtype", skip_dtype=torch.float32),
     BankCase("relu", activation="relu"),
     BankCase("silu", activation="silu", absent=("norm_weight", "norm_bias", "skip")),
-    BankCase("low_rank_pairs", out_width=288, bottleneck=8, **PAIRS),
-    BankCase("low_rank_pairs_of_odd_widths", width=33, out_width=70, bottleneck=5, **PAIRS),
+    BankCase("low_rank_pairs", out_width=192, columns=((0, 64), (128, 192)), bottleneck=4, **PAIRS),
+    BankCase("low_rank_pairs_of_a_whole_linear", out_width=160, bottleneck=8, **PAIRS),
+    BankCase(
+        "low_rank_pairs_of_odd_widths", width=33, out_width=103, columns=((7, 30), (41, 100)), bottleneck=5, **PAIRS
+    ),
+    BankCase("adapters_of_some_columns", columns=((10, 40), (64, 96))),
     BankCase("tokens_that_fill_no_block", tokens=37),
     BankCase("one_token", tokens=1),
     BankCase("empty_batch", tasks=()),

@@ -132,7 +132,7 @@ def test_only_an_earlier_export_is_replaced(digits_run, tmp_path, command):
         for out in (folder, file, pipe):
             code, _, error = command(main, "--run", digits_run, "--format", form, "--out", out)
             assert code == 2
-            assert f"{out} is there already and no earlier export as {form}" in error
+            assert f"{out} is there already and is no earlier export as {form}" in error
     assert file.read_text() == "mine"
     out = tmp_path / "export"
     assert command(main, "--run", digits_run, "--format", "timm", "--out", out)[0] == 0

@@ -134,7 +134,7 @@ def test_runs_that_cannot_be_served_together_are_named(changes, message, shots, 
 
 
 def test_nothing_to_read_is_an_empty_answer(digits_run, command, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
     assert command(main, "--run", digits_run, "--format", "json", "-") == (0, "[]\n", "")
 
 
@@ -164,3 +164,6 @@ def test_a_reader_who_has_seen_enough_and_names_that_are_not_text_are_no_errors(
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 128 + signal.SIGPIPE
+    listed = subprocess.run([*program, "-"], input=os.fsencode(odd) + b"\n", capture_output=True)
+    assert listed.returncode == 0
+    assert os.fsencode(odd) in listed.stdout

@@ -25,7 +25,6 @@ from mosa_fast.adapters.fold import merge
 from mosa_fast.adapters.linears import LoRALinear
 from mosa_fast.adapters.metadata import Metadata
 from mosa_fast.adapters.model import AdaptedModel, adapters
-from mosa_fast.adapters.placements import PLACEMENTS, QKVO
 from mosa_fast.adapters.seams import call_qkv_as_module, carries_samples, find_blocks
 from mosa_fast.adapters.wrapper import Wrapper, unwrapped
 from mosa_fast.backbones.heads import classifiers, heads
@@ -108,14 +107,7 @@ class AdapterBank(Wrapper):
                 f"task {name!r} has {kind}, but those of the bank have {self._kind}: one bank holds one kind"
             )
         for path, stack in self._stacks():
-            own: Any = adapted.backbone.get_submodule(path)
-            if isinstance(stack, LinearStack):
-                stack.append_linear(own)
-            elif isinstance(stack, LoRAStack):
-                linear: Any = adapted.backbone.get_submodule(path.removesuffix("lora") + LoRALinear.CHILD)
-                stack.append_adapter(own, linear.out_features)
-            else:
-                stack.append_adapter(own)
+            stack.append_layer(adapted.backbone.get_submodule(path))
         self._tasks[name] = metadata
 
     def remove(self, name: str) -> None:
@@ -257,16 +249,13 @@ class AdapterBank(Wrapper):
 
 def _stacked(block: nn.Module, like: AdaptedBlock) -> AdaptedBlock:
     """A timm block with empty stacks where another one has its adapters."""
-    layers: dict[str, Any] = {}
-    if like.placement == QKVO:
-        call_qkv_as_module(block)
-        for path, linear in like.block.named_modules():
-            if isinstance(linear, LoRALinear):
-                block.set_submodule(path, LoRALinear(block.get_submodule(path), LoRAStack()))
-    else:
-        names = PLACEMENTS[like.placement].adapters
-        layers = {name: AdapterStack(adapter) for name, adapter in zip(names, like.adapters(), strict=True)}
-    return AdaptedBlock(block, like.placement, layers).eval()
+    for path, linear in like.block.named_modules():
+        if isinstance(linear, LoRALinear):
+            call_qkv_as_module(block)
+            lora: Any = linear.lora
+            block.set_submodule(path, LoRALinear(block.get_submodule(path), LoRAStack(lora)))
+    stacks: dict[str, Any] = {name: AdapterStack(getattr(like, name)) for name in like.adapter_names}
+    return AdaptedBlock(block, like.placement, stacks).eval()
 
 
 def _linear_heads(backbone: nn.Module) -> list[str]:

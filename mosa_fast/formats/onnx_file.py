@@ -14,6 +14,7 @@ from mosa_fast.formats.plain_model import MARK, PlainModel
 from mosa_fast.formats.torch_export import EXAMPLES
 from mosa_fast.ops.backends import backend
 
+IS_FOLDER = False
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 MOST_BYTES = 2**31  # of a protobuf message
 INPUT, OUTPUT, BATCH = "images", "logits", "batch"
@@ -21,9 +22,7 @@ INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 
 def check(plain: PlainModel) -> None:
     """Raise ValueError where a package is missing, or the weights are too many for one file."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f"the format onnx needs {' and '.join(missing)}: pip install 'mosa_fast[onnx]'")
+    _check_packages()
     size = sum(tensor.numel() * tensor.element_size() for tensor in plain.model.state_dict().values())
     if size >= MOST_BYTES:
         raise ValueError(f"{size / 1e9:.1f} GB of weights are too many for an ONNX file (2 GB): take torch-export")
@@ -56,6 +55,7 @@ def read(path: Path) -> Callable[[Tensor], Tensor]:
 
 def is_export(path: Path) -> bool:
     """Whether `write` made it."""
+    _check_packages()
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -65,3 +65,9 @@ def is_export(path: Path) -> bool:
         return any(fact.key == MARK for fact in onnx.load(path, load_external_data=False).metadata_props)
     except DecodeError:
         return False
+
+
+def _check_packages() -> None:
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"the format onnx needs {' and '.join(missing)}: pip install 'mosa_fast[onnx]'")

@@ -15,6 +15,7 @@ from torch import Tensor
 from mosa_fast.data.preprocessing import Preprocessing
 from mosa_fast.formats.plain_model import MARK, PlainModel
 
+IS_FOLDER = True
 CONFIG, WEIGHTS = "config.json", "model.safetensors"  # as timm looks for them
 KEPT = ("first_conv", "classifier", "fixed_input_size")  # what timm says of an architecture, not of weights
 

@@ -13,6 +13,7 @@ from torch.export import Dim, ExportedProgram
 from mosa_fast.formats.plain_model import MARK, PlainModel
 from mosa_fast.ops.backends import backend
 
+IS_FOLDER = False
 EXAMPLES = 2  # images of the traced batch: one would be taken for a constant
 
 

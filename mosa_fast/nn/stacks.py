@@ -93,7 +93,7 @@ class AdapterStack(TaskStack):
         self.activation = like.activation
         self.eps = 1.0 if like.norm is None else like.norm.eps
 
-    def append_adapter(self, adapter: SparseAdapter) -> None:
+    def append_layer(self, adapter: SparseAdapter) -> None:
         """Add a task's adapter, which is merged; the factor on its output becomes part of its up-projection."""
         down, up, norm = adapter.down, adapter.up, adapter.norm
         assert down.bias is not None
@@ -127,37 +127,42 @@ class AdapterStack(TaskStack):
 class LoRAStack(TaskStack):
     """N tasks' merged low-rank pairs on one linear: a SparseLoRA, in evaluation.
 
-    A task's pairs are one: the ranks of all targets side by side, and in the up-projection a row for every column of
-    the linear's output, zero but for the ranks of its own target.
+    Args:
+        like: one of the kind that they are, on the same targets.
     """
 
     NAMES = ("down_weight", "up_weight")
-    down_weight: Tensor
+    down_weight: Tensor  # [N, targets, r, D]
     up_weight: Tensor
 
-    def append_adapter(self, lora: SparseLoRA, out_width: int) -> None:
-        """Add a task's pairs, which are merged, on a linear of this width."""
-        down, rows = lora.down.weight, lora.up.weight.split([stop - start for start, stop in lora.columns])
-        up = down.new_zeros(out_width, down.shape[0])
-        rank = lora.up.weight.shape[1]
-        for target, ((start, stop), own) in enumerate(zip(lora.columns, rows, strict=True)):
-            up[start:stop, target * rank : (target + 1) * rank] = (lora.scale * own).detach()
-        self.append({"down_weight": down, "up_weight": up})
+    def __init__(self, like: SparseLoRA) -> None:
+        super().__init__()
+        self.columns = like.columns
+
+    def append_layer(self, lora: SparseLoRA) -> None:
+        """Add a task's pairs, which are merged; the factor on their output becomes part of the up-projections."""
+        down = lora.down.weight.unflatten(0, (len(self.columns), -1))
+        self.append({"down_weight": down, "up_weight": lora.scale * lora.up.weight})
 
     def forward(self, x: Tensor, y: Tensor, experts: None = None) -> Tensor:
-        """As SparseLoRA's: what the linear reads `[B, ..., D]` and gives, `[B, ..., O]`; there are no experts."""
+        """As SparseLoRA's: what the linear reads `[B, ..., D]` and gives, `[B, ..., O]`; there are no experts.
+
+        The result may take the memory of y, which nobody but the linear's wrapper has.
+        """
         return adapter_bank(
             x,
             y,
             None,
             None,
-            self.down_weight,
+            self.down_weight.flatten(1, 2),
             None,
             self.up_weight,
             None,
             self._tasks_of(x),
+            columns=self.columns,
             activation=IDENTITY,
             add_input=False,
+            overwrite_skip=True,
         )
 
 
@@ -169,7 +174,7 @@ class LinearStack(TaskStack):
     bias: Tensor
     PADDING: ClassVar[Mapping[str, float]] = {"bias": -torch.inf}
 
-    def append_linear(self, linear: nn.Linear) -> None:
+    def append_layer(self, linear: nn.Linear) -> None:
         """Add a task's head."""
         bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
         self.append({"weight": linear.weight, "bias": bias})

@@ -6,20 +6,29 @@ import triton
 from torch import Tensor
 
 from mosa_fast.kernels.adapter_bank_fwd import adapter_bank_fwd_kernel
-from mosa_fast.ops import triton_launching, triton_tiles
-from mosa_fast.ops.call import AdapterBankCall
+from mosa_fast.ops import triton_columns, triton_launching, triton_tiles
+from mosa_fast.ops.call import AdapterBankCall, SparseLoRACall
+from mosa_fast.ops.reference import IDENTITY
 
 
 def forward(call: AdapterBankCall, out: Tensor) -> None:
     """Fill the output."""
     c = call
-    tile = triton_tiles.choose("forward", c, c.bottleneck)
+    # Low-rank pairs need as few registers as sparse_lora's.
+    pairs = c.activation == IDENTITY and c.norm_weight is None
+    tile = triton_tiles.choose("forward", c, c.ranks, SparseLoRACall.NAME if pairs else None)
+    all_columns = triton_columns.all_columns(c, c.out_width)
     arguments = triton_launching.arguments(c) | {
         "out_ptr": out,
         "eps": c.eps,
         "OUT_WIDTH": c.out_width,
-        "BOTTLENECK": c.bottleneck,
-        "BLOCK_BOTTLENECK": triton_tiles.padded_rank(c.bottleneck),
+        "TRAINED_WIDTH": c.up_weight.shape[1],
+        "RANK": c.rank,
+        "RANKS": c.ranks,
+        "BLOCK_RANKS": triton_tiles.padded_rank(c.ranks),
+        "ALL_COLUMNS": all_columns,
+        "COLUMN_BLOCKS": triton_columns.blocks(all_columns, tile),
+        "EVEN_TARGETS": triton_columns.even(all_columns, tile),
         "ACTIVATION": c.activation,
         "ADD_INPUT": c.add_input,
     }

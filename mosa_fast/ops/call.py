@@ -223,7 +223,7 @@ class SparseLoRACall(Call, name="sparse_lora"):
     @property
     def ranges(self) -> list[tuple[int, int]]:
         """The columns of every target, half-open."""
-        return list(zip(self.columns[::2], self.columns[1::2], strict=True))
+        return ranges_of(self.columns)
 
     @property
     def rank(self) -> int:
@@ -247,11 +247,12 @@ class AdapterBankCall(Call, name="adapter_bank"):
     skip: Annotated[Tensor | None, tensor("... O", only_added=True)]
     norm_weight: Annotated[Tensor | None, tensor("N D")]
     norm_bias: Annotated[Tensor | None, tensor("N D")]
-    down_weight: Annotated[Tensor, tensor("N r D")]
-    down_bias: Annotated[Tensor | None, tensor("N r")]
-    up_weight: Annotated[Tensor, tensor("N O r")]
-    up_bias: Annotated[Tensor | None, tensor("N O")]
+    down_weight: Annotated[Tensor, tensor("N R D")]
+    down_bias: Annotated[Tensor | None, tensor("N R")]
+    up_weight: Annotated[Tensor, tensor("N W r")]
+    up_bias: Annotated[Tensor | None, tensor("N W")]
     tasks: Annotated[Tensor, tensor(None, torch.int32)]
+    columns: tuple[int, ...]
     activation: str
     add_input: bool
     eps: float
@@ -265,14 +266,24 @@ class AdapterBankCall(Call, name="adapter_bank"):
         return self.x.shape[0]
 
     @property
-    def bottleneck(self) -> int:
-        """The bottleneck, r: the largest of the tasks'."""
+    def ranges(self) -> list[tuple[int, int]]:
+        """The columns of every target, half-open."""
+        return ranges_of(self.columns)
+
+    @property
+    def rank(self) -> int:
+        """The bottleneck, or rank of one target, r: the largest of the tasks'."""
+        return self.up_weight.shape[2]
+
+    @property
+    def ranks(self) -> int:
+        """The ranks of all targets, R = T r."""
         return self.down_weight.shape[1]
 
     @property
     def out_width(self) -> int:
         """The width of the output, O."""
-        return self.up_weight.shape[1]
+        return self.width if self.skip is None else self.skip.shape[-1]
 
     @property
     def out_dtype(self) -> torch.dtype:
@@ -280,6 +291,21 @@ class AdapterBankCall(Call, name="adapter_bank"):
         if self.skip is None:
             return self.x.dtype
         return torch.promote_types(self.x.dtype, self.skip.dtype) if self.add_input else self.skip.dtype
+
+
+def ranges_of(columns: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Half-open ranges, of first and last but one columns one pair after the other."""
+    return list(zip(columns[::2], columns[1::2], strict=True))
+
+
+def check_columns(ranges: Sequence[tuple[int, int]], y: str, out_width: int, up_weight: Tensor) -> None:
+    """Raise a ValueError unless ranges of y's columns are ascending, and the up-weight has a row for each column."""
+    ends = [0, *(end for start_and_stop in ranges for end in start_and_stop), out_width]
+    if ends != sorted(ends) or any(start == stop for start, stop in ranges):
+        raise ValueError(f"columns must be ascending ranges within the {out_width} columns of {y}, got {ranges}")
+    width = sum(stop - start for start, stop in ranges)
+    if up_weight.shape[-2] != width:
+        raise ValueError(f"up_weight must have a row for each of the {width} columns, got {describe(up_weight)}")
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -13,9 +13,9 @@ sparse_lora: for group v and a target, which draw the experts (d, u), M tokens x
 
 adapter_bank: for a sample of task t, M tokens x in R^[M, D]:
 
-    n = norm_t(x)                                   (or x)
-    h = act(n W_down[t]^T + b_down[t])              [M, r]
-    out = (x) + (skip) + h W_up[t]^T + b_up[t]      [M, O], O = D where x is added
+    n = norm_t(x)                                       (or x)
+    h = act(n W_down[t]^T + b_down[t])                  [M, r] for each target
+    out = (x) + (skip) + h W_up[t]^T + b_up[t]          [M, O] in the target's columns, else (x) + (skip)
 
 The first two with W[e] = W0 + (W - W0) * [owner == e] and, for the merged id -1, W0 + (W - W0) / E (docs/method.md,
 Weights and gradients, Merge). They are differentiable by autograd, so that this file also defines their gradients: an
@@ -102,35 +102,70 @@ def sparse_lora(call: SparseLoRACall) -> Tensor:
         return out.reshape(c.out_samples, *y.shape[1:])
 
 
-def adapter_bank(call: AdapterBankCall) -> Tensor:
-    """`mosa_fast.ops.adapter_bank` on a checked call.
+def adapter_bank(call: AdapterBankCall, out: Tensor) -> None:
+    """`mosa_fast.ops.adapter_bank` on a checked call, into `out`, which may be skip.
 
     Neighbouring samples of one task share their products. To give every sample a copy of its task's weights, and make
     one batched product of all, took twice as long on a CPU (64 samples of 197 tokens, D = 192 and 768, r = 64).
     """
     c, x = call, call.x
     sum_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    tokens = (c.groups, c.tokens)
-    streams, out = x.reshape(*tokens, c.width), x.new_empty(*tokens, c.out_width, dtype=c.out_dtype)
-    skips = None if c.skip is None else c.skip.reshape(out.shape)
+    streams = x.reshape(-1, c.width)
+    skips = None if c.skip is None else c.skip.reshape(-1, c.out_width)
+    outs = out.view(-1, c.out_width)
 
     with torch.autocast(x.device.type, enabled=False):
         for task, samples in runs(c.tasks):
-            stream = streams[samples].flatten(0, 1).to(sum_dtype)
-            normed = stream
-            if c.norm_weight is not None and c.norm_bias is not None:
-                affine = (c.norm_weight[task].to(sum_dtype), c.norm_bias[task].to(sum_dtype))
-                normed = F.layer_norm(stream, (c.width,), *affine, c.eps)
-            hidden = _task_product(normed, c.down_weight, c.down_bias, task, c.product_dtype)
-            if c.activation != IDENTITY:
-                hidden = ACTIVATIONS[c.activation](hidden)
-            update = _task_product(hidden, c.up_weight, c.up_bias, task, c.product_dtype)
-            if c.add_input:
-                update += stream
-            if skips is not None:
-                update += skips[samples].flatten(0, 1)
-            out[samples] = update.view(-1, *out.shape[1:])
-    return out.view(*x.shape[:-1], c.out_width)
+            rows = slice(samples.start * c.tokens, samples.stop * c.tokens)
+            stream, own = streams[rows], outs[rows]
+            hidden = _bank_hidden(c, stream.to(sum_dtype), task)
+            total = own if own.dtype == sum_dtype else torch.empty_like(own, dtype=sum_dtype)
+            # First what is added, then products in place: the fewest passes over the output.
+            if skips is not None and c.add_input:
+                torch.add(skips[rows], stream, out=total)
+            elif skips is not None:
+                if total.data_ptr() != skips[rows].data_ptr():
+                    total.copy_(skips[rows])
+            elif c.add_input:
+                total.copy_(stream)
+            else:
+                total.zero_()
+            _add_up_projections(c, total, hidden, task)
+            if total is not own:
+                own.copy_(total)
+
+
+def _bank_hidden(c: AdapterBankCall, stream: Tensor, task: int) -> Tensor:
+    """Hidden values h of a task's tokens `[M, D]`, all targets' side by side: `[M, R]` in the product dtype."""
+    sum_dtype = stream.dtype
+    if c.norm_weight is not None and c.norm_bias is not None:
+        affine = (c.norm_weight[task].to(sum_dtype), c.norm_bias[task].to(sum_dtype))
+        stream = F.layer_norm(stream, (c.width,), *affine, c.eps)
+    weight, bias = c.down_weight[task].to(c.product_dtype), c.down_bias
+    if bias is None:
+        hidden = F.linear(stream.to(c.product_dtype), weight)
+    elif c.product_dtype == sum_dtype:
+        hidden = F.linear(stream, weight, bias[task].to(sum_dtype))
+    else:  # added after the product, to spare it the rounding
+        hidden = F.linear(stream.to(c.product_dtype), weight) + bias[task].to(sum_dtype)
+    return (hidden if c.activation == IDENTITY else ACTIVATIONS[c.activation](hidden)).to(c.product_dtype)
+
+
+def _add_up_projections(c: AdapterBankCall, total: Tensor, hidden: Tensor, task: int) -> None:
+    """Add each target's up-projection of h, and its bias, to its columns of `total`, `[M, O]`."""
+    first_row = 0
+    for target, (start, stop) in enumerate(c.ranges):
+        rows = slice(first_row, first_row + stop - start)
+        ranks = hidden[:, target * c.rank : (target + 1) * c.rank]
+        weight = c.up_weight[task, rows].to(c.product_dtype)
+        columns = total[:, start:stop]
+        if hidden.dtype == total.dtype:
+            columns.addmm_(ranks, weight.T)
+        else:
+            columns += ranks @ weight.T
+        if c.up_bias is not None:
+            columns += c.up_bias[task, rows]
+        first_row = rows.stop
 
 
 def runs(tasks: Tensor) -> Iterator[tuple[int, slice]]:
@@ -140,12 +175,6 @@ def runs(tasks: Tensor) -> Iterator[tuple[int, slice]]:
         stop = start + len(list(equal))
         yield task, slice(start, stop)
         start = stop
-
-
-def _task_product(x: Tensor, weights: Tensor, biases: Tensor | None, task: int, dtype: torch.dtype) -> Tensor:
-    """Product of x and one task's weight, plus its bias, in x's dtype; the product itself in `dtype`."""
-    bias = None if biases is None else biases[task].view(1, 1, -1).to(x.dtype)
-    return project(x.to(dtype).unsqueeze(0), weights[task : task + 1].to(dtype), bias)[0].to(x.dtype)
 
 
 def ownership(owner: Tensor, ids: Tensor, experts: int, dtype: torch.dtype) -> Tensor:

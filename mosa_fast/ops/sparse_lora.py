@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mosa_fast.ops import launching, reference
 from mosa_fast.ops.backends import resolve_backend
-from mosa_fast.ops.call import SparseLoRACall, check_scale, describe, product_dtype
+from mosa_fast.ops.call import SparseLoRACall, check_columns, check_scale, describe, product_dtype
 from mosa_fast.ops.registration import Operator
 
 
@@ -98,15 +98,10 @@ _operator = Operator(SparseLoRACall, ("hidden",), results)
 def _check(call: SparseLoRACall) -> None:
     c = call
     c.check()
-    ranges, targets, out_width = c.ranges, c.experts.shape[0], c.y.shape[-1]
-    if len(ranges) != targets:
-        raise ValueError(f"columns must have a range for each of the {targets} targets of experts, got {ranges}")
-    ends = [0, *c.columns, out_width]
-    if ends != sorted(ends) or any(start == stop for start, stop in ranges):
-        raise ValueError(f"columns must be ascending ranges within the {out_width} columns of y, got {ranges}")
-    width = sum(stop - start for start, stop in ranges)
-    if c.up_weight.shape[0] != width:
-        raise ValueError(f"up_weight must have a row for each of the {width} columns, got {describe(c.up_weight)}")
+    targets = c.experts.shape[0]
+    if len(c.ranges) != targets:
+        raise ValueError(f"columns must have a range for each of the {targets} targets of experts, got {c.ranges}")
+    check_columns(c.ranges, "y", c.y.shape[-1], c.up_weight)
     if c.ranks != targets * c.rank:
         raise ValueError(
             f"down_weight must have {c.rank} rows (the rank of up_weight) for each of {targets} targets, "

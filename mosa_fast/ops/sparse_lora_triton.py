@@ -14,23 +14,20 @@ import torch
 import triton
 from torch import Tensor
 
-from mosa_fast.kernels.device_functions import NO_RANK
 from mosa_fast.kernels.reductions import sum_slices_kernel
 from mosa_fast.kernels.sparse_lora_bwd_input import sparse_lora_bwd_input_kernel
 from mosa_fast.kernels.sparse_lora_bwd_weight import sparse_lora_bwd_weight_kernel
 from mosa_fast.kernels.sparse_lora_fwd import sparse_lora_fwd_kernel
-from mosa_fast.ops import launching, triton_launching, triton_tiles
+from mosa_fast.ops import launching, triton_columns, triton_launching, triton_tiles
 from mosa_fast.ops.call import SparseLoRACall
-from mosa_fast.ops.triton_tiles import SUM_TILE, Tile
-
-Ranges = tuple[tuple[int, int, int, int], ...]  # as kernels.device_functions.block_of_columns takes them
+from mosa_fast.ops.triton_tiles import SUM_TILE
 
 
 def forward(call: SparseLoRACall, out: Tensor, saved: Sequence[Tensor]) -> None:
     """Fill the output and the saved tensor."""
     c, out_width, (hidden,) = call, out.shape[-1], map(launching.wanted, saved)
     tile = triton_tiles.choose("forward", c, c.ranks)
-    all_columns = _all_columns(c, out_width)
+    all_columns = triton_columns.all_columns(c, out_width)
     triton_launching.launch(
         sparse_lora_fwd_kernel,
         (triton.cdiv(c.rows_per_group, tile.rows) * c.groups,),
@@ -41,8 +38,8 @@ def forward(call: SparseLoRACall, out: Tensor, saved: Sequence[Tensor]) -> None:
             "hidden_ptr": hidden,
             "OUT_WIDTH": out_width,
             "ALL_COLUMNS": all_columns,
-            "COLUMN_BLOCKS": _blocks(all_columns, tile),
-            "EVEN_TARGETS": _even(all_columns, tile),
+            "COLUMN_BLOCKS": triton_columns.blocks(all_columns, tile),
+            "EVEN_TARGETS": triton_columns.even(all_columns, tile),
         },
     )
 
@@ -50,7 +47,7 @@ def forward(call: SparseLoRACall, out: Tensor, saved: Sequence[Tensor]) -> None:
 def backward(call: SparseLoRACall, grad_out: Tensor, saved: Sequence[Tensor], gradients: dict[str, Tensor]) -> None:
     """Fill the gradients."""
     c, device, (hidden,) = call, grad_out.device, saved
-    targets = _targets(c)
+    targets = triton_columns.targets(c)
     arguments = _arguments(c) | triton_launching.gradient_arguments(c, gradients)
     arguments |= {
         "grad_out_ptr": grad_out,
@@ -65,15 +62,15 @@ def backward(call: SparseLoRACall, grad_out: Tensor, saved: Sequence[Tensor], gr
     scaled = "scale_tensor" in gradients
     arguments |= {
         "scale_partial_ptr": launching.empty((programs,), torch.float32, device) if scaled else None,
-        "TARGET_BLOCKS": _blocks(targets, tile),
-        "EVEN_TARGETS": _even(targets, tile),
+        "TARGET_BLOCKS": triton_columns.blocks(targets, tile),
+        "EVEN_TARGETS": triton_columns.even(targets, tile),
     }
     triton_launching.launch(sparse_lora_bwd_input_kernel, (programs,), tile, arguments)
     if "up_weight" not in gradients:
         return
 
     tile = triton_tiles.choose("backward_weight", c, c.ranks)
-    target_blocks = _blocks(targets, tile)
+    target_blocks = triton_columns.blocks(targets, tile)
     column_blocks = target_blocks + triton.cdiv(c.width, tile.columns)
     split = launching.split_tokens(c, tile.rows, max(1, launching.multiprocessors(device) // column_blocks))
     up_weights, down_weights = c.up_weight.numel(), c.down_weight.numel()
@@ -83,7 +80,7 @@ def backward(call: SparseLoRACall, grad_out: Tensor, saved: Sequence[Tensor], gr
         "programs": programs,
         "ACCUMULATE": split.segments_per_slice > 1,
         "TARGET_BLOCKS": target_blocks,
-        "EVEN_TARGETS": _even(targets, tile),
+        "EVEN_TARGETS": triton_columns.even(targets, tile),
         "UP_WEIGHTS": up_weights,
         "DOWN_WEIGHTS": down_weights,
         "NORM_WEIGHTS": 0,
@@ -104,31 +101,3 @@ def _arguments(c: SparseLoRACall) -> dict[str, Any]:
         "EXPERTS": c.num_experts,
         "BLOCK_RANKS": triton_tiles.padded_rank(c.ranks),
     }
-
-
-def _targets(c: SparseLoRACall) -> Ranges:
-    """Each target's columns, first row of the up-weight, and first rank."""
-    found, row = [], 0
-    for target, (start, stop) in enumerate(c.ranges):
-        found.append((start, stop, row, target * c.rank))
-        row += stop - start
-    return tuple(found)
-
-
-def _all_columns(c: SparseLoRACall, out_width: int) -> Ranges:
-    """The targets' ranges, and between them those of no target."""
-    found, end = [], 0
-    for target in _targets(c):
-        found += [(end, target[0], 0, NO_RANK.value), target]
-        end = target[1]
-    found.append((end, out_width, 0, NO_RANK.value))
-    return tuple(columns for columns in found if columns[0] < columns[1])
-
-
-def _blocks(ranges: Ranges, tile: Tile) -> int:
-    return sum(triton.cdiv(stop - start, tile.columns) for start, stop, *_ in ranges)
-
-
-def _even(ranges: Ranges, tile: Tile) -> bool:
-    """Whether no block of columns is cut short."""
-    return all((stop - start) % tile.columns == 0 for start, stop, *_ in ranges)

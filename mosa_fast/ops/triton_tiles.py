@@ -117,10 +117,17 @@ def padded_rank(rank: int) -> int:
     return max(SMALLEST_DOT, triton.next_power_of_2(rank))
 
 
-def choose(kernel: str, call: Call, bottleneck: int) -> Tile:
-    """The tile of one of `KERNELS` for a call. bottleneck: the ranks of all targets in sparse_lora."""
-    architecture = architecture_of(call.x.device)
-    return tile_of(call.NAME, kernel, call.width, bottleneck, call.product_dtype, architecture, call.x.dtype, call.fork)
+def choose(kernel: str, call: Call, bottleneck: int, operator: str | None = None) -> Tile:
+    """The tile of one of `KERNELS` for a call.
+
+    Args:
+        kernel: which.
+        call: of an operator.
+        bottleneck: of low-rank pairs, the ranks of all targets.
+        operator: whose tiles to take; None: the call's.
+    """
+    name, architecture = operator or call.NAME, architecture_of(call.x.device)
+    return tile_of(name, kernel, call.width, bottleneck, call.product_dtype, architecture, call.x.dtype, call.fork)
 
 
 @lru_cache

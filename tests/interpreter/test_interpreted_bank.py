@@ -5,7 +5,7 @@ import torch
 from bank_cases import CASES, OF_ADAPTERS, BankCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import check, compare, make, poisoned, run, variant
+from kernel_cases import check, compare, make, poisoned, run
 
 from mosa_fast.ops import adapter_bank, backend
 from mosa_fast.ops.call import AdapterBankCall
@@ -24,15 +24,18 @@ def test_output(case, dtype):
 def random_cases(draw):
     number, width = draw(st.integers(1, 4)), draw(st.integers(1, 140))
     add_input = draw(st.booleans())
+    out_width = width if add_input else draw(st.integers(1, 140))
+    ends = sorted(draw(st.sets(st.integers(0, out_width), min_size=2, max_size=6)))
     return BankCase(
         "random",
         width=width,
-        out_width=None if add_input else draw(st.integers(1, 140)),
-        bottleneck=draw(st.integers(1, 40)),
+        out_width=out_width,
+        columns=tuple(zip(ends[::2], ends[1::2], strict=False)),
+        bottleneck=draw(st.integers(1, 20)),
         tokens=draw(st.integers(1, 40)),
         tasks=tuple(draw(st.lists(st.integers(0, number - 1), min_size=1, max_size=4))),
         number=number,
-        absent=draw(st.sampled_from([(), OF_ADAPTERS, ("skip",), OF_ADAPTERS[:2]])),
+        absent=draw(st.sampled_from([(), OF_ADAPTERS, OF_ADAPTERS[:2], ("skip",) if add_input else ()])),
         activation=draw(st.sampled_from(["gelu", "relu", "silu", "identity"])),
         add_input=add_input,
     )
@@ -74,10 +77,22 @@ def test_a_sample_gives_the_same_bits_in_any_company():
 
 @pytest.mark.parametrize("name", ["adapters", "low_rank_pairs", "empty_batch"])
 def test_opcheck(name):
-    values = make(variant(BY_NAME[name], width=32, out_width=None), torch.float32, "cpu")
+    values = make(BY_NAME[name], torch.float32, "cpu")
+    values["columns"] = [column for columns in BY_NAME[name].columns or ((0, 96),) for column in columns]
     values["product_dtype"] = torch.float32
     arguments = [values[key] for key in (*AdapterBankCall.TENSORS, *AdapterBankCall.OPTIONS)]
-    torch.library.opcheck(torch.ops.mosa_fast.adapter_bank.default, [*arguments, "triton"])
+    for operator in (torch.ops.mosa_fast.adapter_bank.default, torch.ops.mosa_fast.adapter_bank_.default):
+        torch.library.opcheck(operator, [*arguments, "triton"])
+
+
+@pytest.mark.parametrize("name", ["low_rank_pairs", "adapters", "tokens_that_fill_no_block"])
+def test_the_output_may_take_the_memory_of_skip(name):
+    arguments = make(BY_NAME[name], torch.float32, "cpu")
+    with backend("triton"):
+        expected = adapter_bank(**arguments)
+        out = adapter_bank(**arguments, overwrite_skip=True)
+    assert out is arguments["skip"]
+    assert torch.equal(out, expected)
 
 
 def test_compile_without_graph_breaks():

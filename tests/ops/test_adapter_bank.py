@@ -1,7 +1,7 @@
 import pytest
 import torch
 from bank_cases import CASES, PAIRS, BankCase
-from kernel_cases import make, variant
+from kernel_cases import make
 
 import mosa_fast as mosa
 from mosa_fast.ops import adapter_bank, sparse_adapter, sparse_lora
@@ -51,14 +51,15 @@ def test_each_sample_goes_through_its_tasks_adapter(name):
         torch.testing.assert_close(out[own], alone, rtol=0, atol=1e-12)
 
 
-def test_low_rank_pairs_of_a_whole_linear():
-    case = BY_NAME["low_rank_pairs"]
+@pytest.mark.parametrize("name", ["low_rank_pairs", "low_rank_pairs_of_odd_widths"])
+def test_each_sample_gets_its_tasks_low_rank_pairs(name):
+    case = BY_NAME[name]
     a = double(make(case, torch.float32, "cpu"))
     out = adapter_bank(**a)
     for sample, task in enumerate(case.tasks):
         own = slice(sample, sample + 1)
-        pair = (a["down_weight"][task], a["up_weight"][task], None, None, None, MERGED[None])
-        alone = sparse_lora(a["x"][own], a["skip"][own], *pair, columns=[(0, 288)])
+        pair = (a["down_weight"][task], a["up_weight"][task], None, None, None, MERGED.expand(2, 1, 2))
+        alone = sparse_lora(a["x"][own], a["skip"][own], *pair, columns=case.columns)
         torch.testing.assert_close(out[own], alone, rtol=0, atol=1e-12)
 
 
@@ -96,8 +97,10 @@ def test_half_precision_and_autocast(dtype):
         ),
         (
             {"up_weight": torch.zeros(2, 96, 16)},
-            r"up_weight must be floating point \[3, 96, 16\], got float32 \[2, 96, 16",
+            r"up_weight must be floating point \[3, W, r\], got float32 \[2, 96, 16",
         ),
+        ({"columns": [(0, 50), (40, 96)]}, "columns must be ascending ranges within the 96 columns of the output"),
+        ({"columns": [(0, 50), (50, 96)]}, "down_weight must have 16 rows .* for each of 2 targets"),
         ({"norm_bias": None}, "norm_bias is None, but the other is not"),
         ({"tasks": torch.zeros(3, dtype=torch.int32)}, r"tasks must be int32 \[4\], .* got int32 \[3\]"),
         ({"tasks": torch.zeros(4, dtype=torch.int64)}, r"tasks must be int32 \[4\], .* got int64 \[4\]"),
@@ -111,8 +114,29 @@ def test_bad_input_is_named(change, message):
 
 def test_an_output_of_another_width_cannot_have_x_added():
     a = make(BY_NAME["low_rank_pairs"], torch.float32, "cpu")
-    with pytest.raises(ValueError, match="96 wide and cannot be added to an output of 288"):
+    with pytest.raises(ValueError, match="96 wide and cannot be added to an output of 192"):
         adapter_bank(**a | {"add_input": True})
+
+
+@pytest.mark.parametrize("name", ["low_rank_pairs", "adapters", "skip_of_another_dtype", "no_skip"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_output_may_take_the_memory_of_skip(name, dtype):
+    a = make(BY_NAME[name], dtype, "cpu")
+    expected = adapter_bank(**a)
+    out = adapter_bank(**a, overwrite_skip=True)
+    assert torch.equal(out, expected)
+    assert (out is a["skip"]) is (a["skip"] is not None)
+
+
+def test_skip_is_not_overwritten_where_its_memory_does_not_do():
+    a = make(BY_NAME["low_rank_pairs"], torch.float32, "cpu")
+    strided = a | {"skip": a["skip"].transpose(0, 1).contiguous().transpose(0, 1)}
+    narrow = make(BY_NAME["adapters"], torch.float32, "cpu")
+    narrow["skip"] = narrow["skip"].half()
+    for given in (strided, narrow):
+        before = given["skip"].clone()
+        adapter_bank(**given, overwrite_skip=True)
+        assert torch.equal(given["skip"], before)
 
 
 def test_there_is_no_gradient():
@@ -132,10 +156,12 @@ def test_the_output_shares_no_memory_and_nothing_is_written_to():
 
 @pytest.mark.parametrize("name", ["adapters", "low_rank_pairs", "empty_batch"])
 def test_opcheck(name):
-    values = make(variant(BY_NAME[name], width=32, out_width=None), torch.float32, "cpu")
+    values = make(BY_NAME[name], torch.float32, "cpu")
+    values["columns"] = [column for columns in BY_NAME[name].columns or ((0, 96),) for column in columns]
     values["product_dtype"] = torch.float32
     arguments = [values[key] for key in (*AdapterBankCall.TENSORS, *AdapterBankCall.OPTIONS)]
-    torch.library.opcheck(torch.ops.mosa_fast.adapter_bank.default, [*arguments, "reference"])
+    for operator in (torch.ops.mosa_fast.adapter_bank.default, torch.ops.mosa_fast.adapter_bank_.default):
+        torch.library.opcheck(operator, [*arguments, "reference"])
 
 
 def test_compiled_code_serves_any_tasks():
@@ -145,6 +171,16 @@ def test_compiled_code_serves_any_tasks():
         a["tasks"] = torch.tensor(tasks, dtype=torch.int32)
         with torch.compiler.set_stance("fail_on_recompile" if tasks != (2, 0, 0, 1) else "default"):
             assert torch.equal(compiled(**a), adapter_bank(**a))
+
+
+def test_compiled_code_may_overwrite_skip():
+    a = make(BY_NAME["low_rank_pairs"], torch.float32, "cpu")
+    linear = torch.nn.Linear(96, 192).requires_grad_(False)
+
+    def projection(x):
+        return adapter_bank(**a | {"x": x, "skip": linear(x)}, overwrite_skip=True)
+
+    torch.testing.assert_close(torch.compile(projection, fullgraph=True)(a["x"]), projection(a["x"]))
 
 
 def test_cuda_has_no_kernel_for_it(monkeypatch):

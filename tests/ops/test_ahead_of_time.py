@@ -67,7 +67,7 @@ CALLS |= {
         "inside-the-mlp": {"add_input": False},
         "huge": {"width": 1280},
         "ragged": {"width": 301, "bottleneck": 58},
-        "pairs-qv-of-qkv": {"out_width": 2304, "bottleneck": 32, "pairs": True},
+        "pairs-qv-of-qkv": {"out_width": 2304, "columns": (0, 768, 1536, 2304), "bottleneck": 16, "pairs": True},
         "pairs-output-autocast": {"dtype": FP32, "product_dtype": BF16, "bottleneck": 16, "pairs": True},
     }.items()
 }
