@@ -17,8 +17,11 @@ import mosa_fast
 # What users call; everything else is reached from here.
 MODULES = (
     "mosa_fast",
+    "mosa_fast.adapters.int8",
+    "mosa_fast.adapters.metadata",
     "mosa_fast.config",
     "mosa_fast.data.parts",
+    "mosa_fast.data.preprocessing",
     "mosa_fast.data.transforms",
     "mosa_fast.methods",
     "mosa_fast.ops.sparse_adapter",
