@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.learner import Batch, Learner
 from benchmarks.models import Setting
-from benchmarks.ours import backends_of, best_backend, method, ours
+from benchmarks.ours import backends_of, best_backend, int8_backbone, method, ours
 from benchmarks.plain import CopiedAdapter, DenseAdapter, PlainModel
 from benchmarks.plain_lora import CopiedPairs, CopiedPairsModel, GivenTargets, PeftPairs, SeparateQKV
 from benchmarks.spec import CONFIG, DENSE_LORA_CONFIG, LORA_CONFIG, OPERATORS, VIEWS, Spec
@@ -145,6 +145,15 @@ for _name in backends_of("sparse_adapter"):  # a variant that cannot serve is no
     contender(f"ours, {_name}, two views", ("step",), when=partial(_when_best, _name, "sparse_adapter"))(
         partial(ours, backend_name=_name, together=False)
     )
+
+
+def _int8_unavailable() -> str | None:
+    return None if importlib.util.find_spec("torchao") else 'torchao is not installed: pip install -e ".[int8]"'
+
+
+contender("ours, int8 backbone", ("step", "evaluation"), unavailable=_int8_unavailable, views_together=True)(
+    int8_backbone
+)
 
 
 # The paper's way of working

@@ -13,7 +13,9 @@ from benchmarks import models
 from benchmarks.learner import Batch, Learner
 from benchmarks.models import Setting
 from benchmarks.spec import CONFIG, VIEWS, Level
+from mosa_fast.adapters.int8 import quantise_backbone
 from mosa_fast.adapters.model import AdaptedModel, adapters
+from mosa_fast.backbones.fingerprint import is_quantised
 from mosa_fast.config import MoSAConfig
 from mosa_fast.methods import Method
 from mosa_fast.ops import backend
@@ -62,6 +64,18 @@ def mixture_learner(
             return run(images)
 
     return Learner(model, train, evaluate, mixture, adapters=list(adapters(model)), views=views)
+
+
+def int8_backbone(setting: Setting) -> Learner:
+    """Our adapters on a backbone whose linears are in int8; it must compute what the same weights do in float32."""
+    mixture = setting.mixture()
+    model = setting.stored(mixture)
+    quantise_backbone(model)
+    exact = copy.deepcopy(mixture)
+    for name, parameter in model.named_parameters():
+        if is_quantised(parameter):
+            exact.get_parameter(name).data.copy_(parameter.dequantize())
+    return mixture_learner(model, exact, setting.level, best_backend(setting.device))
 
 
 def method(setting: Setting, row: Method) -> Learner:

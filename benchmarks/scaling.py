@@ -37,7 +37,7 @@ from mosa_fast.config import TrainConfig
 from mosa_fast.data import make_transforms
 from mosa_fast.data.fgvc import MULTITASK_CLASSES, SETS
 from mosa_fast.data.gicd import TASKS as GICD
-from mosa_fast.data.transforms import IMAGENET
+from mosa_fast.data.preprocessing import IMAGENET
 from mosa_fast.data.vtab import TASKS as VTAB
 from mosa_fast.methods import METHODS
 from mosa_fast.recipes import packaged

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mosa_fast.adapters.adapter_file import load_adapter, save_adapter
     from mosa_fast.adapters.bank import AdapterBank
     from mosa_fast.adapters.fold import fold, merge
-    from mosa_fast.adapters.model import adapt
+    from mosa_fast.adapters.model import AdaptedModel, adapt
     from mosa_fast.adapters.summary import summary
     from mosa_fast.config import MoSAConfig
     from mosa_fast.nn.sparse_adapter import SparseAdapter
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mosa_fast.ops.backends import backend, set_backend
 
 _HOMES = {
+    "AdaptedModel": "mosa_fast.adapters.model",
     "AdapterBank": "mosa_fast.adapters.bank",
     "adapt": "mosa_fast.adapters.model",
     "fold": "mosa_fast.adapters.fold",
@@ -36,6 +37,7 @@ _HOMES = {
     "set_backend": "mosa_fast.ops.backends",
 }
 __all__ = [
+    "AdaptedModel",
     "AdapterBank",
     "MoSAConfig",
     "SparseAdapter",

@@ -9,18 +9,24 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import select
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import NoReturn
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from mosa_fast.config import TrainConfig
-from mosa_fast.options import facts_of
+from mosa_fast.options import facts_of, words_of
 from mosa_fast.recipes import ActionRecipe, packaged
 from mosa_fast.run_folder import RunFolder
 
+NEAR = 0.6  # how alike an unknown option and the one that may have been meant are
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # what torch's errors say
+PACKAGES = ("torch", "torchvision", "timm")
 DEFAULT_RECIPE = "digits.yaml"  # where neither a recipe nor other data are named
 
 
@@ -29,6 +35,10 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message without the usage, and leave with code 2."""
+        wrong = re.search(r'Parser key "([\w.]+)":.*(?:Given value|Got value): (.*)$', message, re.DOTALL)
+        words = words_of(TrainConfig, wrong[1]) if wrong else None
+        if wrong and words:
+            fail(f"{wrong[1]} must be {words}, got {wrong[2].strip()}")
         fail(" ".join(message.split()) + self._nearest(message))
 
     def _nearest(self, message: str) -> str:
@@ -43,7 +53,7 @@ class Parser(ArgumentParser):
             unknown = other[1] or other[2]
         else:
             return ""
-        near = difflib.get_close_matches(unknown, options, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(unknown, options, n=1, cutoff=NEAR)
         if not near:  # the right name in the wrong section
             ends = {option.rsplit(".", 1)[-1]: option for option in options}
             near = [ends[end] for end in difflib.get_close_matches(unknown.rsplit(".", 1)[-1], ends, n=1, cutoff=0.7)]
@@ -60,6 +70,9 @@ def make_parser() -> Parser:
         action="store_true",
         help="Go on from the last checkpoint in OUT; start anew where there is none, end at once where the run is done",
     )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="Replace the run that is in OUT, finished or not, which is lost"
+    )
     parser.add_class_arguments(TrainConfig, nested_key=None)
     facts = facts_of(TrainConfig)
     for action in parser._actions:
@@ -68,13 +81,13 @@ def make_parser() -> Parser:
     return parser
 
 
-def parse(arguments: list[str]) -> tuple[TrainConfig, bool]:
-    """The run that a command line describes, and whether to resume it.
+def parse(arguments: list[str]) -> tuple[TrainConfig, dict[str, bool]]:
+    """The run that a command line describes, and whether to "resume" it or to "overwrite" the one that is there.
 
     Where it names neither a recipe nor other data, the recipe is the embedded default's.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: a value is out of range, or two options exclude each other.
         SystemExit: an option does not exist or cannot be parsed.
     """
     parser = make_parser()
@@ -82,9 +95,11 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, bool]:
     if not parsed.config and parsed.data.name == "digits":
         parsed = parser.parse_args(["--config", str(packaged() / DEFAULT_RECIPE), *arguments])
     values = parser.instantiate(parsed).as_dict()
-    resume = values.pop("resume")
+    start = {name: values.pop(name) for name in ("resume", "overwrite")}
+    if all(start.values()):
+        raise ValueError("--resume goes on with the run that is there, --overwrite replaces it: give one of them")
     values.pop("config")
-    return TrainConfig(**values), resume
+    return TrainConfig(**values), start
 
 
 def read_run(folder: RunFolder) -> tuple[TrainConfig, list[str]]:
@@ -104,14 +119,55 @@ def read_run(folder: RunFolder) -> tuple[TrainConfig, list[str]]:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn what a user can cause into one line and exit code 2."""
+    """Turn what a user can cause into one line and exit code 2; a reader who has seen enough is no error."""
     try:
         yield
+        sys.stdout.flush()
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            leave(128 + signal.SIGPIPE)
         fail(describe(error))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        fail(f"out of memory: smaller images, batches or adapters may do (docs/training.md); {reason}")
     except KeyboardInterrupt:
         print("stopped before there was anything to save", file=sys.stderr)
         leave(130)
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output leads to a reader who has gone, as `head` does; what is left for it is then dropped."""
+    watch = select.poll()
+    watch.register(sys.stdout, 0)
+    if not any(event & select.POLLERR for _, event in watch.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+    return True
+
+
+def check_packages() -> None:
+    """Import what models and images need.
+
+    Raises:
+        ValueError: a package is missing or broken, as one that was built for another torch.
+    """
+    for package in PACKAGES:
+        reason = broken(package)
+        if reason is not None:
+            raise ValueError(
+                f"{package} cannot be used here ({reason}): install it again, to match the installed torch"
+            )
+
+
+def broken(package: str) -> str | None:
+    """Why a package cannot be imported; None: it can."""
+    try:
+        import_module(package)
+    except Exception as error:  # of any kind, where compiled parts do not fit
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return None
 
 
 def describe(error: Exception) -> str:

@@ -10,6 +10,9 @@ from mosa_fast.methods import MEANINGS, METHODS, MethodName
 from mosa_fast.options import check_fields, check_value, facts_of, option
 
 MAX_EXPERTS = 255  # ids are uint8
+MAX_SEED = 2**63 - 1  # seeds are int64
+MAX_EPOCHS = 1_000_000
+MAX_BOTTLENECK = 65_536  # many times the width of any model
 
 Share = Literal["down", "up", "none"]
 BiasMode = Literal["per_expert", "split"]
@@ -21,7 +24,8 @@ else:
     Targets = Literal[tuple("".join(letters) for n in range(1, 5) for letters in combinations("qkvo", n))]
 Routing = Literal["random", "fixed"]
 Activation = Literal["auto", "gelu", "relu", "silu"]
-Family = Literal["digits", "folder", "fgvc", "vtab", "gicd"]
+Family = Literal["digits", "fashion_mnist", "folder", "fgvc", "vtab", "gicd", "timm"]
+AUGMENTED = ("folder", "fgvc", "gicd", "timm")  # vtab trains on unchanged images, by its definition
 Precision = Literal["fp32", "bf16-mixed", "fp16-mixed", "bf16-true"]
 
 
@@ -36,11 +40,11 @@ class MoSAConfig:
     method: Literal["adapter", "lora"] = "adapter"
     """adapter: bottleneck adapters beside the branches of a block; lora: low-rank pairs on its attention's linears
     (MoSL), for which bottleneck, placement, activation, dropout and bias mean nothing."""
-    rank: int = option(16, low=1)
+    rank: int = option(16, low=1, cap=MAX_BOTTLENECK)
     """lora only: rank of the pairs."""
     targets: Targets = "qv"
     """lora only: the projections that get a pair each, of q, k, v and o."""
-    bottleneck: int = option(64, low=1)
+    bottleneck: int = option(64, low=1, cap=MAX_BOTTLENECK)
     """Width r of the adapters."""
     experts: int = option(4, low=1, high=MAX_EXPERTS)
     """Number of experts E that a split projection is divided among. 1: a dense adapter."""
@@ -61,7 +65,7 @@ class MoSAConfig:
     """How experts merge. mean: W0 + (W - W0) / E. joint: W / E (the same where W0 is zero)."""
     routing: Routing = "random"
     """random: every pass draws its experts, evaluation merges them; fixed: expert 0, always, merged or not."""
-    seed: int = option(3407, low=0)
+    seed: int = option(3407, low=0, cap=MAX_SEED)
     """Seed of the owner maps and the initial weights."""
 
     def __post_init__(self) -> None:
@@ -89,30 +93,52 @@ class DataConfig:
     """The images."""
 
     name: Family = "digits"
-    """digits: the embedded 8x8 handwritten digits; folder: ROOT/{train,val,test}/<class>/*.jpg; fgvc: one of the five
-    fine-grained sets, or all; vtab: a task of VTAB-1k; gicd: CIFAR-100, Aircraft or Food-101 through torchvision."""
-    task: str | None = option(None, families=("fgvc", "vtab", "gicd"))
+    """digits: the embedded 8x8 handwritten digits; fashion_mnist: Fashion-MNIST, a few images a class; folder:
+    ROOT/{train,val,test}/<class>/*.jpg; fgvc: one of the five fine-grained sets, or all; vtab: a task of VTAB-1k; gicd:
+    CIFAR-100, Aircraft or Food-101 through torchvision; timm: any set of torchvision, of the Hugging Face Hub, or in
+    webdataset's shards."""
+    task: str | None = option(None, families=("fgvc", "vtab", "gicd", "timm"))
     """Data set of the family. fgvc: cub, nabirds, flowers, dogs, cars, multitask; vtab: its 19 tasks; gicd: cifar100,
-    aircraft, food101."""
+    aircraft, food101; timm: torch/NAME, hfds/NAME or wds/."""
     root: str | None = option(None, free=True)
-    """Folder of the data set (vtab: of all tasks); digits needs none."""
-    download: bool = option(False, families=("gicd",), free=True)
+    """Folder of the data set (vtab: of all tasks; hfds: the cache, by default the usual one); digits needs none."""
+    download: bool = option(False, families=("fashion_mnist", "gicd", "timm"), free=True)
     """Fetch what is missing."""
     mode: Literal["tune", "final"] = option("tune", families=("vtab", "gicd"))
     """tune: validation images choose the epoch; final: they are trained on too, so that there is nothing to choose with
     and the last epoch is reported."""
     fraction: float | None = option(None, above=0.0, high=1.0, families=("fgvc",))
     """Train on train_<fraction>.json, as in train_0.1.json. None: on train.json."""
-    normalisation: Literal["imagenet", "backbone"] = option("imagenet", families=("folder", "fgvc", "vtab", "gicd"))
+    normalisation: Literal["imagenet", "backbone"] = option(
+        "imagenet", families=("folder", "fgvc", "vtab", "gicd", "timm")
+    )
     """Mean and standard deviation of images from files: ImageNet's, as in the paper, or the backbone's own."""
-    shots: int | None = option(50, low=1, families=("digits",))
-    """Training images per class, at most 74. None: all of them."""
+    shots: int | None = option(50, low=1, families=("digits", "fashion_mnist"))
+    """Training images per class (of digits at most 74). None: all of them."""
     image_size: int | None = option(None, low=1)
     """Side of the square images in pixels. None: what the backbone expects."""
     workers: int = option(2, low=0, free=True)
-    """Processes that load images (none for digits)."""
-    val_fraction: float = option(0.1, above=0.0, below=1.0, families=("folder", "gicd"))
+    """Processes that load images (none for digits and fashion_mnist)."""
+    val_fraction: float = option(0.1, above=0.0, below=1.0, families=("folder", "gicd", "timm"))
     """Part of the training images, cut class by class with the run's seed, where no validation images are given."""
+    train_split: str | None = option(None, families=("timm",))
+    """Name of the part to train on. None: train, or what is usual in its place."""
+    val_split: str | None = option(None, families=("timm",))
+    """Name of the part to select with. None: val or the like; without one, and without a test part, cut from train."""
+    test_split: str | None = option(None, families=("timm",))
+    """Name of the part to test on. None: test; without one val, and without that, a fifth of the images."""
+    image_key: str | None = option(None, families=("timm",))
+    """Column of the images (hfds), or what their files end in (wds). None: image; jpg, png or webp."""
+    label_key: str | None = option(None, families=("timm",))
+    """Column of the labels (hfds), or their field in the json files (wds). None: label; the cls files."""
+    crop_scale: float | None = option(None, above=0.0, high=1.0, families=AUGMENTED)
+    """Train on random parts of an image of at least this part of its area, resized. None: a random crop after resizing
+    the shorter side to 8/7, as in the paper."""
+    augment: Literal["none", "randaugment", "autoaugment", "trivial", "augmix"] = option("none", families=AUGMENTED)
+    """Random changes of the training images' colours and geometry, as torchvision's classes of these names make them.
+    """
+    random_erasing: float = option(0.0, low=0.0, high=1.0, families=AUGMENTED)
+    """Probability of erasing a random rectangle of a training image."""
 
     def __post_init__(self) -> None:
         check_fields(self, "data.")
@@ -152,10 +178,10 @@ class OptimConfig:
     """Peak learning rate."""
     weight_decay: float = option(0.01, low=0.0)
     """Weight decay, on everything but biases."""
-    epochs: int = option(100, low=1)
+    epochs: int = option(100, low=1, cap=MAX_EPOCHS)
     """Passes over the training images."""
-    warmup_epochs: float = option(10.0, low=0.0)
-    """Epochs of linear warm-up."""
+    warmup_epochs: float | Literal["auto"] = option("auto", low=0.0)
+    """Epochs of linear warm-up, no more than the run has; auto: a tenth of them."""
     batch_size: int = option(128, low=1)
     """Images per step and process (every view of an image counts as the same image)."""
     accumulate: int = option(1, low=1)
@@ -163,6 +189,11 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "optim.")
+
+    @property
+    def warmup(self) -> float:
+        """Epochs of warm-up."""
+        return self.epochs / 10 if self.warmup_epochs == "auto" else self.warmup_epochs
 
 
 @dataclass
@@ -213,7 +244,7 @@ class TrainConfig:
     adapter: MoSAConfig = field(default_factory=MoSAConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    seed: int = option(3407, low=0)
+    seed: int = option(3407, low=0, cap=MAX_SEED)
     """Seed of everything random but the adapters' owner maps and initial weights (adapter.seed)."""
     out: str = option("runs/default", free=True)
     """Folder that the run writes its files to."""
@@ -251,6 +282,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.optim.warmup > self.optim.epochs:
+            raise ValueError(
+                f"optim.warmup_epochs {self.optim.warmup_epochs} is longer than the run of {self.optim.epochs} epochs: "
+                "give fewer, or auto for a tenth"
+            )
         if self.precision == "bf16-true" and not METHODS[self.method].freezes_backbone:
             raise ValueError(f"precision bf16-true needs a frozen backbone; use bf16-mixed with method {self.method}")
         if self.precision == "fp16-mixed" and self.cuda_graphs:

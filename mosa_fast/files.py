@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,8 +38,39 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+    _sync(path.parent)
+
+
+def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a temporary folder of files beside `path`, force it to the disk, and rename it to `path`.
+
+    A folder that is at `path` is replaced; a crash at that very moment leaves it beside the new one's place.
+
+    Raises:
+        OSError: it cannot be written; the folder that was there is still there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:
-        os.fsync(folder)
+        write(temporary)
+        for entry in (*temporary.iterdir(), temporary):
+            _sync(entry)
+        if path.exists():
+            path.replace(old)
+        temporary.replace(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.replace(path)
+        raise
     finally:
-        os.close(folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -12,7 +12,7 @@ import sys
 from importlib import metadata
 
 import mosa_fast
-from mosa_fast.command_line import one_line_errors, parse
+from mosa_fast.command_line import broken, one_line_errors, parse
 from mosa_fast.config import TrainConfig
 
 
@@ -22,6 +22,12 @@ def version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def state(package: str) -> str:
+    """The version of a package that models or images need, and why it cannot be used where it can't."""
+    reason = broken(package)
+    return version(package) + ("" if reason is None else f", cannot be used: {reason}")
 
 
 def devices() -> list[str]:
@@ -49,7 +55,7 @@ def describe() -> str:
         ("python", platform.python_version()),
         ("torch", torch.__version__),
         ("triton", version("triton")),
-        ("timm", version("timm")),
+        *((package, state(package)) for package in ("torchvision", "timm")),
         ("CUDA of torch", torch.version.cuda or torch.version.hip or "none"),
     ]
     rows += [(f"GPU {index}", line) for index, line in enumerate(devices())] or [("GPU", "none that torch can use")]

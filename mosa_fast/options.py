@@ -25,6 +25,7 @@ class Facts:
     Attributes:
         low, high: the smallest and the largest value.
         above, below: bounds that are not values themselves.
+        cap: a largest value that no use comes near, against slips; the range in words does not mention it.
         families: the data families that the option is for; empty: all.
         free: whether a resumed run may change it, because it changes no result.
         note: what follows the field's docstring in `--help`.
@@ -34,6 +35,7 @@ class Facts:
     high: float | None = None
     above: float | None = None
     below: float | None = None
+    cap: float | None = None
     families: tuple[str, ...] = ()
     free: bool = False
     note: str = ""
@@ -108,9 +110,7 @@ def check_fields(config: Any, prefix: str = "") -> None:
 
 def check_value(name: str, value: object, hint: Any, facts: Facts) -> None:
     """Raise ValueError, naming the option, unless a value is of the type and in the range."""
-    alternatives = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    choices = [c for a in alternatives if get_origin(a) is Literal for c in get_args(a)]
-    kinds = [a for a in alternatives if a in KINDS]
+    alternatives, choices, kinds = _alternatives(hint)
     if value is None and type(None) in alternatives:
         return
     # True == 1, so that equality alone would take one for the other.
@@ -119,20 +119,43 @@ def check_value(name: str, value: object, hint: Any, facts: Facts) -> None:
     if not any(_is_of(value, kind) for kind in kinds):
         if choices and (not kinds or isinstance(value, str)):
             check_choice(name, value, choices)
-        words = [*(KINDS[kind] for kind in kinds), *([f"one of {_listed(choices)}"] if choices else [])]
-        raise ValueError(f"{name} must be {' or '.join(words)}, got {value!r}")
+        raise ValueError(f"{name} must be {_words(kinds, choices)}, got {value!r}")
+    if value == "":
+        raise ValueError(f"{name} must not be empty")
     if isinstance(value, Real) and not isinstance(value, bool):
-        number = float(value)
-        if not isfinite(number):
+        if not isfinite(value):
             raise ValueError(f"{name} must be a finite number, got {value}")
-        if not facts.holds(number):
+        if not facts.holds(value):  # type: ignore[arg-type]
             raise ValueError(f"{name} must be {facts.range}, got {value}")
+        if facts.cap is not None and value > facts.cap:  # type: ignore[operator]
+            raise ValueError(f"{name} must be at most {facts.cap:,}, got {value}")
+
+
+def words_of(config: type, option: str) -> str | None:
+    """What an option, named as "section.field", may hold, in words; None where there is no such option."""
+    section, _, rest = option.partition(".")
+    hint = _hints(config).get(section)
+    if hint is None or is_dataclass(hint):
+        return words_of(hint, rest) if rest and hint is not None else None  # type: ignore[arg-type]
+    _, choices, kinds = _alternatives(hint)
+    return _words(kinds, choices)
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raise ValueError unless `value` is one of `choices`, of the same type."""
     if not any(value == choice and type(value) is type(choice) for choice in choices):
         raise ValueError(f"{name} must be one of {_listed(choices)}, got {value!r}")
+
+
+def _alternatives(hint: Any) -> tuple[tuple[Any, ...], list[Any], list[Any]]:
+    """The types that a hint allows, its choices, and those of its types that have words."""
+    alternatives = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    choices = [c for a in alternatives if get_origin(a) is Literal for c in get_args(a)]
+    return alternatives, choices, [a for a in alternatives if a in KINDS]
+
+
+def _words(kinds: Sequence[Any], choices: Sequence[Any]) -> str:
+    return " or ".join([*(KINDS[kind] for kind in kinds), *([f"one of {_listed(choices)}"] if choices else [])])
 
 
 def _is_of(value: object, kind: type) -> bool:

@@ -1,65 +1,123 @@
-"""`python -m mosa_fast.predict --run DIR IMAGES...`: the most probable classes of images, by name."""
+"""`python -m mosa_fast.predict --run DIR INPUT...`: the most probable classes of images, by name."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-from mosa_fast.command_line import one_line_errors, read_run
-from mosa_fast.config import TrainConfig
+from mosa_fast.answers import FORMATS, Answer
+from mosa_fast.command_line import check_packages, leave, one_line_errors
 from mosa_fast.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mosa_fast.data.loading import Unreadable
+    from mosa_fast.training.finished_run import FinishedRun
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print a line for each image: its name, then classes with their probabilities."""
-    parser = argparse.ArgumentParser(prog="python -m mosa_fast.predict", description=__doc__.split(": ")[-1])
-    parser.add_argument("--run", type=RunFolder, required=True, help="folder of a finished run (its --out)")
-    parser.add_argument("images", nargs="+", metavar="IMAGES", help="image files")
+    """Print an answer for each image and run.
+
+    Exit codes: 0 done, 1 an input could not be read (it is named on standard error, the others have their answers), 2 a
+    user's mistake.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m mosa_fast.predict",
+        description="Print the most probable classes of images, by name.",
+        epilog="What cannot be read is named on standard error; the others are answered, and the exit code is 1.",
+    )
+    parser.add_argument(
+        "--run", type=RunFolder, required=True, action="append", help="folder of a finished run (its --out); repeatable"
+    )
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="image file; folder (all images below it); pattern such as 'shots/**/*.png'; - reads a line for each file "
+        "or folder from standard input",
+    )
     parser.add_argument("--top", type=int, default=5, help="classes to print for each image (default: 5)")
+    parser.add_argument("--format", choices=FORMATS, default="text", help="of the answers (default: text)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 and so on (default: as in the run)")
+    parser.add_argument("--batch_size", type=int, help="images of a batch (default: as the run evaluates)")
+    parser.add_argument("--workers", type=int, help="processes that read images (default: as in the run)")
     options = parser.parse_args(arguments)
     with one_line_errors():
-        if options.top < 1:
-            raise ValueError(f"--top must be at least 1, got {options.top}")
-        config, classes = read_run(options.run)
-        config.device = options.device or config.device
-        for image, ranking in predict(options.run, config, classes, options.images, options.top):
-            print(f"{image}  " + "  ".join(f"{name} {100 * p:.1f}%" for name, p in ranking))
+        check_packages()
+        for name, least in (("top", 1), ("batch_size", 1), ("workers", 0)):
+            value = getattr(options, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name} must be at least {least}, got {value}")
+        from mosa_fast.data.inputs import find_inputs
+        from mosa_fast.training.finished_run import open_run
+
+        runs = [open_run(folder, options.device) for folder in options.run]
+        for stream in (sys.stdin, sys.stdout) if "-" in options.inputs else (sys.stdout,):
+            stream.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # names of files are bytes
+        inputs = find_inputs(options.inputs, sys.stdin or ())
+        bad = 0
+        with FORMATS[options.format](sys.stdout, len(runs) > 1) as write:
+            for answer in predict(runs, inputs, options.top, options.batch_size, options.workers):
+                if isinstance(answer, Answer):
+                    write(answer)
+                else:
+                    print(f"{answer.name} cannot be read ({answer.reason})", file=sys.stderr)
+                    bad += 1
+    if bad:
+        leave(1)
 
 
 def predict(
-    folder: RunFolder, config: TrainConfig, classes: list[str], images: list[str], top: int
-) -> list[tuple[str, list[tuple[str, float]]]]:
-    """For each image file its most probable classes and their probabilities, best first.
+    runs: list[FinishedRun],
+    inputs: list[str | Unreadable],
+    top: int = 5,
+    batch_size: int | None = None,
+    workers: int | None = None,
+) -> Iterator[Answer | Unreadable]:
+    """The answers for every input in order, of every run; or why it has none.
+
+    Args:
+        runs: whose models answer.
+        inputs: of `mosa_fast.data.inputs.find_inputs`.
+        top: classes of an answer.
+        batch_size: images of a batch; None: as the first run evaluates.
+        workers: processes that read images; None: as in the first run.
 
     Raises:
-        ValueError: an image cannot be read (it is named), or the run is not finished.
+        ValueError: weights cannot be read, or the runs cannot be served together (`mosa_fast.training.serving`).
     """
-    import torch
-    from PIL import Image
-
-    from mosa_fast.data.loading import UNREADABLE
+    from mosa_fast.data.inputs import input_batches
     from mosa_fast.data.transforms import evaluation_transform
-    from mosa_fast.training.distributed import pick_device
-    from mosa_fast.training.finished_run import load_run_model
-    from mosa_fast.training.precision import autocast, input_dtype
-    from mosa_fast.training.run_data import preprocessing_of_run
+    from mosa_fast.training.evaluation import BATCH_FACTOR
+    from mosa_fast.training.serving import serve
 
-    device = pick_device(config.device)
-    transform = evaluation_transform(preprocessing_of_run(config))
-    model = load_run_model(folder, config, classes).to(device)
-    results = []
-    for path in images:
-        try:
-            with Image.open(path) as image:
-                pixels = transform(image.convert("RGB"))
-        except UNREADABLE as error:
-            raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
-        with torch.no_grad(), autocast(config.precision, device):
-            logits = model(pixels[None].to(device, input_dtype(config.precision)))
-        best = logits[0].float().softmax(0).topk(min(top, len(classes)))
-        ranking = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        results.append((path, [(classes[label], probability) for probability, label in ranking]))
-    return results
+    config = runs[0].config
+    ask = serve(runs)
+    transform = evaluation_transform(runs[0].preprocessing)
+    batch_size = batch_size or config.optim.batch_size * BATCH_FACTOR
+    workers = config.data.workers if workers is None else workers
+    for batch in input_batches(inputs, transform, batch_size, workers):
+        rankings: Any = []
+        if len(batch.images):
+            logits = ask(batch.images)
+            rankings = [_rankings(own, run.classes, top) for run, own in zip(runs, logits, strict=True)]
+        answered = zip(*rankings, strict=True)
+        for place, name in enumerate(batch.names):
+            if place in batch.bad:
+                yield batch.bad[place]
+            else:
+                for run, ranking in zip(runs, next(answered), strict=True):
+                    yield Answer(name, str(run), ranking)
+
+
+def _rankings(logits: Tensor, classes: list[str], top: int) -> list[list[tuple[str, float]]]:
+    """For each row of logits `[B, classes]` the most probable classes and their probabilities, best first."""
+    best = logits.softmax(1).topk(min(top, len(classes)))
+    rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [[(classes[label], p) for label, p in zip(*row, strict=True)] for row in rows]
 
 
 if __name__ == "__main__":

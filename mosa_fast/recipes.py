@@ -11,12 +11,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+import yaml
 from jsonargparse import ActionConfigFile, get_loader
 
+from mosa_fast.config import TrainConfig
+
+SECTIONS = {name for name, hint in get_type_hints(TrainConfig).items() if is_dataclass(hint)}
 BASE = "base"  # the key that names a recipe's bases
 GRID = "grid"  # the key of the values that a sweep tries on validation
 
@@ -72,15 +77,24 @@ def _load(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{above[-1]}: no base {path}")
     try:
-        own = get_loader("yaml")(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        document = yaml.compose(text, yaml.SafeLoader)
+        own = get_loader("yaml")(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     except Exception as error:  # the YAML parser's errors, of several lines
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if own is None:
-        own = {}
+    if document is None:
+        raise ValueError(f"{path} is empty: a recipe is a mapping of options")
+    if isinstance(document, yaml.MappingNode):
+        _check_keys(document, path)
+        if isinstance(own, str):  # jsonargparse takes "optim:" for a text
+            own = dict.fromkeys(key.value for key, _ in document.value)
     if not isinstance(own, dict):
         raise ValueError(f"{path} must be a mapping of options, it is a {type(own).__name__}")
+    for section in SECTIONS & own.keys():
+        if not isinstance(own[section], dict):
+            raise ValueError(f"{path}: {section} must be a mapping of options, got {own[section]!r}")
     bases = own.pop(BASE, None) or []
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
@@ -89,6 +103,19 @@ def _load(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     for base in bases:
         merged = merge(merged, _load(path.parent / base, chain))
     return merge(merged, own)
+
+
+def _check_keys(mapping: yaml.MappingNode, path: Path, above: tuple[yaml.Node, ...] = ()) -> None:
+    """Raise ValueError for an option that is given twice, of which YAML would take the last in silence."""
+    if mapping in above:
+        raise ValueError(f"{path}, line {mapping.start_mark.line + 1}: a mapping is inside itself")
+    lines: dict[str, int] = {}
+    for key, value in mapping.value:
+        line = key.start_mark.line + 1
+        if lines.setdefault(str(key.value), line) != line:
+            raise ValueError(f"{path} gives {key.value} twice, in lines {lines[str(key.value)]} and {line}")
+        if isinstance(value, yaml.MappingNode):
+            _check_keys(value, path, (*above, mapping))
 
 
 def merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

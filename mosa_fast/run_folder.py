@@ -26,12 +26,12 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
-        """The resolved configuration, itself a recipe. Written when a run starts; read by evaluate and predict."""
+        """The resolved configuration, itself a recipe. Written when a run starts; read by training.finished_run."""
         return self.path / "config.yaml"
 
     @property
     def classes(self) -> Path:
-        """Names of the classes, by label. Written when a run starts; read by evaluate and predict."""
+        """Names of the classes, by label. Written when a run starts; read by training.finished_run."""
         return self.path / "classes.json"
 
     @property
@@ -57,20 +57,34 @@ class RunFolder:
         """Trained weights of the model after so many steps."""
         return self.checkpoints / f"step-{step:09d}.safetensors"
 
+    def pending_weights(self, step: int) -> Path:
+        """The same until the state is there; whatever the process dies of, no weights lose their state by it."""
+        return self.checkpoints / f"step-{step:09d}.safetensors.pending"
+
+    @property
+    def lock(self) -> Path:
+        """Who writes to the folder. Held, written and, at a run's end, removed by run_lock."""
+        return self.path / "lock"
+
     @property
     def adapter(self) -> Path:
-        """Adapters and head of the selected epoch. Written at a run's end; read by evaluate, predict, load_adapter."""
+        """Adapters and head of the selected epoch. Written at the end; read by training.finished_run, load_adapter."""
         return self.path / "adapter.safetensors"
 
     @property
     def model(self) -> Path:
-        """Where a method has no adapters, what it trained. Written at a run's end; read by evaluate and predict."""
+        """Where a method has no adapters, what it trained. Written at a run's end; read by training.finished_run."""
         return self.path / "model.safetensors"
 
     @property
     def curves(self) -> Path:
-        """Loss and accuracy over the epochs. Written by training.report; read by people."""
+        """Loss and accuracy over the epochs. Written by training.pictures; read by people."""
         return self.path / "curves.png"
+
+    @property
+    def confusion(self) -> Path:
+        """Which class is taken for which, of the test images. Written by training.pictures; read by people."""
+        return self.path / "confusion.png"
 
     @property
     def summary(self) -> Path:
@@ -87,10 +101,23 @@ class RunFolder:
         """Whether the run in this folder came to its end."""
         return self.summary.is_file()
 
+    @property
+    def holds_a_run(self) -> bool:
+        """Whether there is anything to lose: a finished run, or checkpoints of one."""
+        return self.is_finished or any(self.checkpoints.glob("*"))
+
     def last_checkpoint(self) -> int | None:
         """Steps of the last complete checkpoint, or None."""
-        found = (re.fullmatch(r"step-(\d+)\.pt", path.name) for path in self.checkpoints.glob("*"))
-        return max((int(match[1]) for match in found if match), default=None)
+        return max(self._steps("pt"), default=None)
+
+    def lost_checkpoint(self) -> int | None:
+        """Steps of weights that are later than the last complete checkpoint: somebody lost their state. Or None."""
+        weights, last = max(self._steps("safetensors"), default=-1), self.last_checkpoint()
+        return weights if weights > (-1 if last is None else last) else None
+
+    def _steps(self, suffix: str) -> list[int]:
+        found = (re.fullmatch(rf"step-(\d+)\.{suffix}", path.name) for path in self.checkpoints.glob("*"))
+        return [int(match[1]) for match in found if match]
 
     def start_anew(self) -> None:
         """Forget that a run was here before."""
@@ -98,8 +125,12 @@ class RunFolder:
         self.remove_checkpoints()
 
     def remove_checkpoints(self) -> None:
-        """Remove what only an unfinished run needs."""
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        """Remove what only an unfinished run needs: all of it, or nothing where the process dies."""
+        discarded = self.path / ".checkpoint.discarded"
+        shutil.rmtree(discarded, ignore_errors=True)
+        if self.checkpoints.is_dir():
+            self.checkpoints.replace(discarded)
+            shutil.rmtree(discarded, ignore_errors=True)
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Keep the resolved configuration."""
@@ -112,8 +143,15 @@ class RunFolder:
         _write(self.classes, json.dumps(classes, indent=0, ensure_ascii=False) + "\n")
 
     def read_classes(self) -> list[str]:
-        """The inverse of `write_classes`."""
-        return json.loads(self.classes.read_text(encoding="utf-8"))
+        """The inverse of `write_classes`.
+
+        Raises:
+            ValueError: it is not such a file.
+        """
+        classes = _read_json(self.classes)
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise ValueError(f"{self.classes} cannot be read: it is no list of names")
+        return classes
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Keep all numbers of a run."""
@@ -140,7 +178,7 @@ def _write(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

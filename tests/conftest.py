@@ -1,8 +1,17 @@
 import pytest
 import torch
+from finished_runs import finished_run
+
+from mosa_fast.run_folder import RunFolder
 
 # Sums in the same order in every test and its child processes; and on busy cores, threads wait for each other.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory) -> RunFolder:
+    """A finished run of a ViT of 5 tokens, on 50 digits."""
+    return finished_run(tmp_path_factory.mktemp("run") / "digits")
 
 
 @pytest.fixture

@@ -2,10 +2,16 @@
 
 import importlib
 import importlib.util
+import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from mosa_fast.run_folder import RunFolder
 
@@ -123,12 +129,42 @@ def test_every_file_of_a_run_is_explained():
     assert [name for name in files if not re.search(rf"`{name}/?`", page)] == []
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("docs/")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("docs/") and name != "docs/use.md"])
 def test_examples_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for language, code in FENCE.findall((ROOT / name).read_text()):
         if language == "python":
             exec(code, {})
+
+
+def test_a_page_of_use_runs_from_top_to_bottom(tmp_path, monkeypatch, digits_run, command):
+    """Code and commands alike, where there are a run and an image of the names that the page says."""
+    pytest.importorskip("accelerate")
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/digits").symlink_to(digits_run.path)
+    for path in (Path("image.png"), Path("images/deep/a.png")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((40, 30), 64).save(path)
+    scope = {}
+    for language, code in FENCE.findall((ROOT / "docs/use.md").read_text()):
+        if language == "python":
+            exec(code, scope)
+            continue
+        assert language == "bash"
+        for line in code.splitlines():
+            before, _, words = line.partition("python -m ")
+            if before:  # a pipe
+                environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+                subprocess.run(["bash", "-euo", "pipefail", "-c", line], check=True, env=environment)
+                continue
+            module, *arguments = shlex.split(words, comments=True)
+            code, _, error = command(importlib.import_module(module).main, *arguments)
+            assert (code, error) == (0, ""), line
+    # What the last block makes of an image and says of it is what timm and the exported program do.
+    image = scope["transform"](Image.open("image.png").convert("RGB"))
+    torch.testing.assert_close(scope["model"](image[None]), torch.from_numpy(scope["logits"]), rtol=0, atol=1e-4)
 
 
 def test_mistakes_would_be_seen(tmp_path):

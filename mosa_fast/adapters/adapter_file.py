@@ -191,8 +191,10 @@ def check_trained_state(model: nn.Module, tensors: dict[str, Tensor], source: st
 
 def frozen_parameters(model: nn.Module, trained: Container[str]) -> dict[str, Tensor]:
     """The parameters of a model's backbone by timm name, without those that are `trained` (heads, as a rule)."""
-    names = timm_names(model)
-    found = {names[name]: parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    # Checkpointing's wrapper takes itself out of the names of a state_dict, and not of parameters.
+    names = {unwrapped_name(name): timm_name for name, timm_name in timm_names(model).items()}
+    parameters = model.named_parameters(remove_duplicate=False)
+    found = {names[unwrapped_name(name)]: parameter for name, parameter in parameters}
     return {name: parameter for name, parameter in found.items() if name not in trained}
 
 

@@ -28,7 +28,7 @@ from mosa_fast.adapters.model import AdaptedModel, adapters
 from mosa_fast.adapters.seams import call_qkv_as_module, carries_samples, find_blocks
 from mosa_fast.adapters.wrapper import Wrapper, unwrapped
 from mosa_fast.backbones.heads import classifiers, heads
-from mosa_fast.data.transforms import Preprocessing
+from mosa_fast.data.preprocessing import Preprocessing
 from mosa_fast.nn.stacks import AdapterStack, LinearStack, LoRAStack, TaskStack
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mosa_fast.adapters.linears import linears_of
+from mosa_fast.adapters.linears import bypassed_linears, linears_of
 from mosa_fast.adapters.placements import placement_of, repeat_batch
 from mosa_fast.adapters.seams import seam_of
 from mosa_fast.adapters.wrapper import Wrapper
@@ -35,6 +35,7 @@ class AdaptedBlock(Wrapper):
         adapter_names: of its other adapters, in the order they run.
         routing: what the adapters compute with in the pass that is running; None between passes.
         outputs: receives the output of the pass that is running, if anybody wants it; None between passes.
+        disabled: compute what timm's block does, without the adapters.
         grad_checkpointing: recompute this block in the backward pass in place of keeping its activations.
     """
 
@@ -47,6 +48,7 @@ class AdaptedBlock(Wrapper):
         self.adapter_names = tuple(adapters or ())
         self.routing: BlockRouting | None = None
         self.outputs: list[Tensor] | None = None
+        self.disabled = False
         self.grad_checkpointing = False
         for name, adapter in (adapters or {}).items():
             self.add_module(name, adapter)
@@ -60,7 +62,7 @@ class AdaptedBlock(Wrapper):
             RuntimeError: there is no routing in training.
         """
         routing = self.routing
-        if routing is None and self.training:
+        if routing is None and self.training and not self.disabled:
             raise RuntimeError(NOT_ROUTED)
         if (
             routing is not None
@@ -68,12 +70,13 @@ class AdaptedBlock(Wrapper):
             and (placement_of(self.placement).parts_at_input or draws_random_numbers(self.block))
         ):
             x, routing = repeat_batch(x, routing.experts.shape[1]), routing._replace(fork=False)
+        run = self._run_frozen if self.disabled else self._run
         if self.grad_checkpointing and self.training:
             # To save torch's random state, the host waits for the GPU: done only where the frozen block draws from it.
             draws = draws_random_numbers(self.block)
-            out = checkpoint(self._run, x, routing, args, kwargs, use_reentrant=False, preserve_rng_state=draws)
+            out = checkpoint(run, x, routing, args, kwargs, use_reentrant=False, preserve_rng_state=draws)
         else:
-            out = self._run(x, routing, args, kwargs)
+            out = run(x, routing, args, kwargs)
         if self.outputs is not None:
             self.outputs.append(out)
         return out
@@ -82,6 +85,11 @@ class AdaptedBlock(Wrapper):
         seam, run = seam_of(self.block), placement_of(self.placement).run
         attend = functools.partial(seam.attention, self.block, x, *args, **kwargs)
         return seam.output(self.block, run(self.block, seam, self.linears or self.adapters(), attend, routing))
+
+    def _run_frozen(self, x: Tensor, routing: BlockRouting | None, args: Any, kwargs: Any) -> Tensor:
+        # Here and not around the pass, so that a recomputation in the backward pass leaves the pairs out, too.
+        with bypassed_linears(self.linears):
+            return self.block(x, *args, **kwargs)
 
     def adapters(self) -> list[Any]:
         """This block's SparseAdapters in the order they run, or SparseLoRAs in that of their linears."""

@@ -16,6 +16,7 @@ from mosa_fast.adapters.linears import LoRALinear
 from mosa_fast.adapters.model import AdaptedModel, adapters
 from mosa_fast.adapters.seams import call_qkv_as_module, seam_of
 from mosa_fast.adapters.wrapper import unwrapped, unwrapped_name
+from mosa_fast.backbones.fingerprint import is_quantised
 from mosa_fast.backbones.structure import structure_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -85,6 +86,8 @@ def fold(model: AdaptedModel, create_kwargs: Mapping[str, Any] | None = None) ->
 
 def why_not_folded(block: AdaptedBlock) -> str | None:
     """Why a block's adapter is not exactly a part of a wider MLP; None: it is (low-rank pairs: of their linears)."""
+    if any(map(is_quantised, block.parameters())):
+        return "its weights are quantised, and the adapter's, which would become a part of them, are not"
     if block.linears:
         return None
     seam, mlp, norm = seam_of(block.block), block.mlp, block.norm2

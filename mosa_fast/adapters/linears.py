@@ -27,6 +27,7 @@ class LoRALinear(Wrapper):
         linear: timm's.
         lora: the pairs, of one task or (in a bank) of many.
         experts: int32 `[T, V, 2]` of the pass that is running; None between passes.
+        bypassed: leave the pairs out, in the pass that is running.
     """
 
     CHILD = "linear"
@@ -34,6 +35,7 @@ class LoRALinear(Wrapper):
     def __init__(self, linear: nn.Module, lora: SparseLoRA | LoRAStack) -> None:
         super().__init__()
         self.experts: Tensor | None = None
+        self.bypassed = False
         self.lora = lora
         self.linear = linear
         self.train(linear.training)
@@ -49,6 +51,8 @@ class LoRALinear(Wrapper):
         Raises:
             RuntimeError: the block has handed on no experts in training.
         """
+        if self.bypassed:
+            return self.linear(x)
         if self.experts is None and self.training:
             raise RuntimeError("a linear with low-rank pairs in training was not told which experts to use")
         return self.lora(x, self.linear(x), self.experts)
@@ -97,3 +101,15 @@ def routed_linears(linears: Sequence[LoRALinear], routing: BlockRouting | None) 
     finally:
         for linear in linears:
             linear.experts = None
+
+
+@contextmanager
+def bypassed_linears(linears: Sequence[LoRALinear]) -> Iterator[None]:
+    """Inside this context the linears compute without their pairs."""
+    try:
+        for linear in linears:
+            linear.bypassed = True
+        yield
+    finally:
+        for linear in linears:
+            linear.bypassed = False

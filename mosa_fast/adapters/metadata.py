@@ -13,9 +13,10 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mosa_fast.backbones import embedded
 from mosa_fast.backbones.fingerprint import Fingerprint
 from mosa_fast.config import MoSAConfig
-from mosa_fast.data.transforms import Preprocessing
+from mosa_fast.data.preprocessing import Preprocessing
 from mosa_fast.version import __version__
 
 FORMAT = "mosa_fast.adapter.1"
@@ -43,6 +44,12 @@ class Metadata:
     classes: list[str] | None = None
     preprocessing: Preprocessing | None = None
     versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def can_make_backbone(self) -> bool:
+        """Whether it is known how timm makes the backbone (or that it is the embedded one)."""
+        known = self.backbone == embedded.NAME or (self.backbone is not None and timm.is_model(self.backbone))
+        return known and self.backbone_arguments is not None
 
     def to_dict(self) -> dict[str, Any]:
         """The facts that there are, as JSON can hold them."""

@@ -8,6 +8,9 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +19,12 @@ from torch import Tensor, nn
 from mosa_fast.adapters.block import AdaptedBlock, routed
 from mosa_fast.adapters.linears import put_loras
 from mosa_fast.adapters.placements import PLACEMENTS, QKVO, repeat_batch
-from mosa_fast.adapters.seams import AFTER_BLOCKS, carries_samples, find_blocks, seam_of
+from mosa_fast.adapters.seams import AFTER_BLOCKS, call_quantised_qkv, carries_samples, find_blocks, seam_of
 from mosa_fast.adapters.wrapper import Wrapper
 from mosa_fast.backbones.frozen import hold_statistics, parts_samples
 from mosa_fast.backbones.heads import classifiers
 from mosa_fast.config import MoSAConfig
-from mosa_fast.data.transforms import Preprocessing
+from mosa_fast.data.preprocessing import Preprocessing
 from mosa_fast.nn.mixture import FIXED, MixtureLayer
 from mosa_fast.routing import Routing, as_seed, draw
 
@@ -84,14 +87,17 @@ class AdaptedModel(Wrapper):
             `[V * B, classes]`, view after view.
 
         Raises:
-            ValueError: experts has another shape.
+            ValueError: there is no view, or experts has another shape.
             RuntimeError: gradient checkpointing was switched on in the backbone.
         """
+        if views < 1:
+            raise ValueError(f"views must be at least 1, got {views}")
         blocks, others = _parts(self.backbone)
-        if experts is None and not self.training:
+        if _disabled(blocks) or (experts is None and not self.training):
             with routed(blocks, None, block_outputs=block_outputs):
                 logits = self.backbone(images, **arguments)
-            return logits if views == 1 else _repeated(logits, views)  # views of a merged model are all alike
+            views = views if experts is None else experts.shape[1]
+            return logits if views == 1 else _repeated(logits, views)  # all alike, where no experts are active
         routing = self._draw(blocks, views, experts, seed)
         views = routing.experts.shape[1]
         per_sample = {name for name, value in arguments.items() if carries_samples(name, value)}
@@ -113,17 +119,14 @@ class AdaptedModel(Wrapper):
         return value
 
     def _one_view(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not self.training:
+        if not self.training or _disabled(blocks := _parts(self.backbone)[0]):
             return method(*args, **kwargs)
-        blocks, _ = _parts(self.backbone)
         with routed(blocks, self._draw(blocks, 1, None, None)):
             return method(*args, **kwargs)
 
     def _draw(
         self, blocks: list[AdaptedBlock], views: int, experts: Tensor | None, seed: Tensor | int | None
     ) -> Routing:
-        if views < 1:
-            raise ValueError(f"views must be at least 1, got {views}")
         layers = sum(block.draws for block in blocks)
         first = blocks[0].adapters()[0]
         # Nothing is taken from torch's random state where nothing is random.
@@ -135,6 +138,25 @@ class AdaptedModel(Wrapper):
         if experts.ndim != 3 or experts.shape[0] != layers or experts.shape[2] != 2:
             raise ValueError(f"experts must be int32 [{layers}, V, 2], got {list(experts.shape)}")
         return Routing(experts, draw(key, layers, 1, first.config.experts).seeds)
+
+    @contextmanager
+    def disable_adapters(self) -> Iterator[None]:
+        """Inside this context the model gives the frozen backbone's own answer, through the trained head.
+
+        Blocks compute what timm's do, adapters and low-rank pairs are left out, nothing is drawn for them, and they get
+        no gradient. The mode stays: in training the head learns, and what the backbone itself drops is dropped. Several
+        views are one pass, repeated; `experts` only say how many they are. A model under torch.compile is compiled
+        once more.
+        """
+        blocks = _parts(self.backbone)[0]
+        before = [block.disabled for block in blocks]
+        try:
+            for block in blocks:
+                block.disabled = True
+            yield
+        finally:
+            for block, was in zip(blocks, before, strict=True):
+                block.disabled = was
 
     def train(self, mode: bool = True) -> AdaptedModel:
         """Set the mode; BatchNorm of the frozen backbone stays in evaluation (docs/design.md, Frozen stays frozen)."""
@@ -162,6 +184,69 @@ class AdaptedModel(Wrapper):
         if callable(groups):  # CaiT's gives the group of a name
             return lambda name: groups(name.removeprefix(f"{self.CHILD}."))
         return {name: _prefix_patterns(patterns) for name, patterns in groups.items()}
+
+    def save_pretrained(self, folder: str | Path, run: str | Path | None = None) -> None:
+        """Write a folder to share: the adapter file, its facts as config.json, and a model card (docs/sharing.md).
+
+        Args:
+            folder: made where it is not there; `from_pretrained` reads it.
+            run: folder of the run that trained the model: the card gets its data, accuracy and numbers of weights.
+
+        Raises:
+            ValueError: `run` is not the folder of a finished run.
+            OSError: a file cannot be written.
+        """
+        _hub().save_pretrained(self, folder, run)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path,
+        backbone: nn.Module | None = None,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> AdaptedModel:
+        """The model of a folder that `save_pretrained` or a run wrote, or of a repository on the Hugging Face Hub.
+
+        Args:
+            name_or_folder: the folder, its adapter file, or the repository, "user/name".
+            backbone: the frozen timm model; None: made by timm as the file says, with its pretrained weights.
+            revision: of the repository: a branch, tag or commit.
+            token: of the Hub; None: the one that `hf auth login` keeps.
+
+        Returns:
+            The model, with its `classes` and `preprocessing` where the file has them.
+
+        Raises:
+            ValueError: it can't be loaded, or the backbone is not the one that the adapters were trained on.
+        """
+        return _hub().load_pretrained(name_or_folder, backbone, revision=revision, token=token)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        run: str | Path | None = None,
+        private: bool = False,
+        token: str | None = None,
+        commit_message: str = "Adapters of mosa_fast",
+    ) -> str:
+        """Upload what `save_pretrained` writes to a repository on the Hugging Face Hub, made where it is not there.
+
+        Args:
+            repository: "user/name".
+            run: folder of the run that trained the model, for the model card.
+            private: whether a new repository can be seen by nobody else.
+            token: of the Hub, with the right to write; None: the one that `hf auth login` keeps.
+            commit_message: of the commit.
+
+        Returns:
+            The repository's address.
+        """
+        return _hub().push_to_hub(
+            self, repository, run=run, private=private, token=token, commit_message=commit_message
+        )
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that the timm model wants spared from weight decay."""
@@ -200,6 +285,7 @@ def adapt(model: nn.Module, config: MoSAConfig | None = None) -> AdaptedModel:
             # Master weights are float32 under a half-precision backbone.
             "dtype": torch.promote_types(norm.weight.dtype, torch.float32),
         }
+        call_quantised_qkv(block)
         if config.method == "lora":
             put_loras(block, config, **options)
             adapted_block = AdaptedBlock(block, QKVO)
@@ -261,6 +347,15 @@ def _parts(backbone: nn.Module) -> tuple[list[AdaptedBlock], list[nn.Module]]:
     if any(map(_checkpoints, (backbone, *others))):
         raise RuntimeError(CHECKPOINTS_BY_ITSELF)
     return blocks, others
+
+
+def _hub() -> Any:
+    # By name, as the package brings in its public names: the methods above are but words for what stands on this file.
+    return import_module("mosa_fast.adapters.hub")
+
+
+def _disabled(blocks: list[AdaptedBlock]) -> bool:
+    return all(block.disabled for block in blocks)
 
 
 def _checkpoints(module: nn.Module) -> bool:

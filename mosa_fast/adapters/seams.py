@@ -28,6 +28,7 @@ from timm.models import (
 from timm.models.vision_transformer_sam import window_partition, window_unpartition
 from torch import Tensor, nn
 
+from mosa_fast.backbones.fingerprint import is_quantised
 from mosa_fast.backbones.structure import structure_of
 
 
@@ -287,6 +288,13 @@ def call_qkv_as_module(block: Any, wanted: bool = True) -> None:
     """
     if getattr(block.attn, "q_bias", None) is not None:
         block.attn.qkv_bias_separate = wanted
+
+
+def call_quantised_qkv(block: nn.Module) -> None:
+    """The same where a fused qkv is quantised: torchao serves the module's product, not all that timm writes itself."""
+    qkv = getattr(getattr(block, "attn", None), "qkv", None)
+    if any(map(is_quantised, qkv.parameters() if isinstance(qkv, nn.Module) else ())):
+        call_qkv_as_module(block)
 
 
 def carries_samples(name: str, value: object) -> bool:

@@ -11,20 +11,20 @@ import hashlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import combinations
-from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-from torch.utils.data import TensorDataset
+from mosa_fast.data.image_file import read_bytes, read_image
 
-from mosa_fast.data.images import ImageArrays, ImageFiles
-from mosa_fast.data.parts import Splits
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from mosa_fast.data.parts import Splits
 
 SHOWN = 10  # of each kind of problem
 ROWS_SHOWN = 20  # data sets with at most so many classes get a table of all of them
@@ -67,10 +67,15 @@ def check_splits(splits: Splits) -> tuple[list[str], list[str]]:
 
 def read_part(name: str, dataset: Any) -> Part:
     """Digest and decode every image of a part."""
+    from torch.utils.data import TensorDataset
+
+    from mosa_fast.data.images import ImageArrays, ImageFiles
+
     if isinstance(dataset, ImageFiles):
-        names, labels = [path for path, _ in dataset.samples], dataset.targets
+        keys, labels = [key for key, _ in dataset.samples], dataset.targets
+        names = [key if isinstance(key, str) else f"image {key} of {name}" for key in keys]
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases Python's lock
-            outcomes = list(pool.map(_read, names))
+            outcomes = list(pool.map(lambda key, name: _read(key, name, dataset.loader), keys, names))
         return Part(name, names, labels, [digest for digest, _ in outcomes], [error for _, error in outcomes])
     if isinstance(dataset, ImageArrays):
         arrays, labels = [row.tobytes() for row in dataset.data], dataset.targets
@@ -107,17 +112,19 @@ def class_table(parts: list[Part], classes: list[str]) -> list[str]:
     return lines
 
 
-def _read(path: str) -> tuple[str | None, str | None]:
-    """Digest of the bytes, and the error that reading or decoding them gave."""
+def _read(key: Any, name: str, loader: Callable[[Any], Image]) -> tuple[str | None, str | None]:
+    """Digest of a file's bytes, or of an image's that is in no file; and the error that reading it gave."""
+    content = None
     try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        return None, f"{path} cannot be read: {error.strerror}"
-    try:
-        Image.open(BytesIO(content)).convert("RGB")
-    except Exception as error:  # Pillow's decoders raise many kinds, SyntaxError among them
-        return _digest(content), f"{path} cannot be decoded: {error}"
-    return _digest(content), None
+        if loader is not read_image:
+            return _digest(loader(key).tobytes()), None
+        content = read_bytes(key)
+        read_image(BytesIO(content))
+        error = None
+    except Exception as raised:  # Pillow's decoders raise many kinds, SyntaxError among them
+        verb = "read" if content is None else "decoded"
+        error = f"{name} cannot be {verb}: {getattr(raised, 'strerror', None) or raised}"
+    return (None if content is None else _digest(content)), error
 
 
 def _digest(content: bytes) -> str:
@@ -155,10 +162,11 @@ def _shorten(lines: list[str]) -> list[str]:
 
 def main() -> None:
     """Check the data set of a recipe; options are those of mosa_fast.train."""
-    from mosa_fast.command_line import one_line_errors, parse
+    from mosa_fast.command_line import check_packages, one_line_errors, parse
     from mosa_fast.data import load_data
 
     with one_line_errors():
+        check_packages()
         config, _ = parse(sys.argv[1:])
         # The size of the images does not matter here: they are decoded, not transformed.
         splits = load_data(config.data, config.data.image_size or 32, config.seed, strict=False)

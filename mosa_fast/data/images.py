@@ -9,33 +9,44 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import default_loader
+
+from mosa_fast.data.image_file import read_image
 
 Transform = Callable[[Image.Image], Tensor]
 
 
 class ImageFiles(Dataset[tuple[Any, int]]):
-    """Images in files; the attributes are those of torchvision's DatasetFolder.
+    """Images that are decoded when they are asked for; the attributes are those of torchvision's DatasetFolder.
 
     Attributes:
-        samples: (path, label) of every image.
+        samples: (path, label) of every image; for images that another data set holds, (its index there, label).
         targets: the labels alone.
         transform: from the RGB image to the tensor `[3, H, W]`.
-        loader: reads a path into an RGB image.
+        loader: reads a path, or an index, into an RGB image.
     """
 
-    def __init__(self, samples: Sequence[tuple[str, int]], transform: Transform) -> None:
+    def __init__(
+        self,
+        samples: Sequence[tuple[Any, int]],
+        transform: Transform,
+        loader: Callable[[Any], Image.Image] = read_image,
+    ) -> None:
         self.samples = list(samples)
         self.targets = [label for _, label in self.samples]
         self.transform = transform
-        self.loader: Callable[[str], Any] = default_loader
+        self.loader = loader
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, label = self.samples[index]
-        return self.transform(self.loader(path)), label
+        key, label = self.samples[index]
+        return self.transform(self.loader(key)), label
+
+    def name(self, index: int) -> str:
+        """The file of an image, or its number where it has none."""
+        key, _ = self.samples[index]
+        return key if isinstance(key, str) else f"image {key}"
 
 
 class ImageArrays(Dataset[tuple[Any, int]]):

@@ -6,9 +6,7 @@ image): neither the number of workers or processes, nor a resumption in the midd
 
 from __future__ import annotations
 
-import struct
 import sys
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -16,17 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
-from mosa_fast.data.images import ImageArrays
+from mosa_fast.data.image_file import UNREADABLE
+from mosa_fast.data.images import ImageFiles
+from mosa_fast.data.memory import DECODE_THREADS
 from mosa_fast.data.parts import Splits
 from mosa_fast.data.step_sampler import StepSampler, StepSlice
 
 PREFETCH = 4  # batches that each worker loads ahead
-DECODE_THREADS = 16  # Pillow decodes without holding Python's lock
-UNREADABLE = (OSError, SyntaxError, EOFError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -151,8 +148,7 @@ def item_name(dataset: Any, index: int) -> str:
     """The file of an image, or its number where it has none."""
     while isinstance(dataset, Subset):
         dataset, index = dataset.dataset, dataset.indices[index]
-    samples = getattr(dataset, "samples", None)
-    return str(samples[index][0]) if samples is not None else f"image {index}"
+    return dataset.name(index) if isinstance(dataset, ImageFiles) else f"image {index}"
 
 
 def drop_unreadable(splits: Splits) -> Splits:
@@ -168,61 +164,6 @@ def drop_unreadable(splits: Splits) -> Splits:
         raise ValueError(f"class {splits.classes[empty[0]]!r} has no training image that can be read")
     parts: dict[str, Any] = {part: Subset(getattr(splits, part), indices) for part, indices in kept.items()}
     return replace(splits, **parts, train_labels=labels)
-
-
-def cache_decoded(*datasets: Dataset[Any]) -> None:
-    """Let data sets of image files read from memory, in place; all their files are decoded now.
-
-    Raises:
-        ValueError: a file cannot be read, or a data set is not made of image files.
-    """
-    folders: list[Any] = []
-    for dataset in datasets:
-        while isinstance(dataset, Subset):
-            dataset = dataset.dataset
-        if isinstance(dataset, (TensorDataset, ImageArrays)):
-            continue  # in memory already
-        if not (hasattr(dataset, "samples") and hasattr(dataset, "loader")):
-            raise ValueError(f"loader.cache needs a data set of image files, not {type(dataset).__name__}")
-        folders.append(dataset)
-    if folders:
-        memory = DecodedImages(sorted({str(path) for folder in folders for path, *_ in folder.samples}))
-        for folder in folders:
-            folder.loader = memory
-
-
-class DecodedImages:
-    """A reader of image files, path to RGB image, that holds them decoded in one shared tensor."""
-
-    def __init__(self, paths: list[str]) -> None:
-        with ThreadPoolExecutor(DECODE_THREADS) as pool:
-            sizes = list(pool.map(_open_size, paths))
-            ends = np.cumsum([0] + [3 * width * height for width, height in sizes]).tolist()
-            # One tensor, because each shared tensor costs an open file.
-            self.pixels = torch.empty(ends[-1], dtype=torch.uint8).share_memory_()
-            self.where = {path: (ends[i], ends[i + 1], *sizes[i]) for i, path in enumerate(paths)}
-            list(pool.map(self._fill, paths))
-
-    def __call__(self, path: str) -> Image.Image:
-        """The image of a file."""
-        first, last, width, height = self.where[str(path)]
-        return Image.fromarray(self.pixels[first:last].view(height, width, 3).numpy())
-
-    def _fill(self, path: str) -> None:
-        first, last, *_ = self.where[path]
-        try:
-            with Image.open(path) as image:
-                self.pixels[first:last] = torch.from_numpy(np.array(image.convert("RGB"))).flatten()
-        except UNREADABLE as error:
-            raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
-
-
-def _open_size(path: str) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except UNREADABLE as error:
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
 
 
 def _readable(dataset: Dataset[Any]) -> list[int]:

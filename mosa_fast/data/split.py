@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from mosa_fast.data.image_file import find_files, is_image_name
 from mosa_fast.data.stratify import stratified_split
 from mosa_fast.files import write_atomically
 
@@ -82,7 +82,7 @@ def find_images(images: Path) -> list[tuple[str, int | str, bool | None]]:
         if all((folder / name).is_file() for name in BIRD_LISTS):
             listed, labels, is_train = (_pairs(folder / name) for name in BIRD_LISTS)
             return [(path, int(labels[key]), is_train[key] == "0") for key, path in listed.items()]
-    found = sorted(path for path in images.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    found = [path for path in find_files(images) if is_image_name(path)]
     names = sorted({path.parent.relative_to(images).as_posix() for path in found})
     if not found or names == ["."]:
         raise ValueError(f"{images} must hold a folder of images for each class (or give --labels FILE)")

@@ -11,6 +11,7 @@ from mosa_fast.config import MoSAConfig
 from mosa_fast.nn.mixture import MixtureLayer
 from mosa_fast.nn.projection import SparseProjection
 from mosa_fast.ops import sparse_adapter
+from mosa_fast.ops.call import describe
 from mosa_fast.routing import as_seed
 
 SCALE = DROPOUT = 0.1  # AdaptFormer's, since a layer that stands alone is an adapter beside a branch
@@ -164,6 +165,8 @@ class SparseAdapter(MixtureLayer):
             fork: let each of the V groups read all of x.
             add_input: add x to the result.
         """
+        if x.shape[-1] != self.down.weight.shape[1]:
+            raise ValueError(f"x must be [N, ..., {self.down.weight.shape[1]}], got {describe(x)}")
         norm, dropout = self.norm, self.dropout if self.training else 0.0
         # Nothing is taken from torch's random state where nothing is random.
         random = dropout > 0 or (experts is None and self.draws_experts)

@@ -12,6 +12,7 @@ from mosa_fast.config import MoSAConfig
 from mosa_fast.nn.mixture import MixtureLayer
 from mosa_fast.nn.projection import SparseProjection
 from mosa_fast.ops import sparse_lora
+from mosa_fast.ops.call import describe
 
 
 class SparseLoRA(MixtureLayer):
@@ -96,6 +97,8 @@ class SparseLoRA(MixtureLayer):
             seed: of the draw: an int, or int64 `[1]` or `[2]` (`mosa_fast.routing`). None: fresh.
             fork: let each of the V groups read all of x and y.
         """
+        if x.shape[-1] != self.down.weight.shape[1]:
+            raise ValueError(f"x must be [N, ..., {self.down.weight.shape[1]}], got {describe(x)}")
         down_init = self.down.init
         if experts is None:
             experts, down_init = self.own_experts(seed, x.device)

@@ -34,6 +34,10 @@ def _constant(function: _F) -> _F:
     return function
 
 
+class UnavailableBackend(RuntimeError, ValueError):
+    """A backend that was asked for cannot serve here: nothing is broken, a command line says so in one line."""
+
+
 def set_backend(name: str) -> None:
     """Choose the backend of every operator for the whole process.
 
@@ -43,7 +47,7 @@ def set_backend(name: str) -> None:
 
     Raises:
         ValueError: there is no such backend.
-        RuntimeError: it cannot serve here; the message says why.
+        UnavailableBackend: it cannot serve here; the message says why. It is a RuntimeError.
     """
     global _selected
     _check(name)
@@ -76,7 +80,7 @@ def resolve_backend(device: torch.device, dtype: torch.dtype, operator: str) -> 
     """The backend that serves an operator on tensors of this device and dtype.
 
     Raises:
-        RuntimeError: a backend was asked for by name and cannot serve them.
+        UnavailableBackend: a backend was asked for by name and cannot serve them.
     """
     name = get_backend()
     if name == "auto":
@@ -85,7 +89,7 @@ def resolve_backend(device: torch.device, dtype: torch.dtype, operator: str) -> 
         return _automatic(operator)
     reason = unavailable_reason(name) or _unserved(name, device, dtype, operator)
     if reason is not None:
-        raise RuntimeError(f"backend {name!r} cannot serve: {reason}")
+        raise UnavailableBackend(f"backend {name!r} cannot serve: {reason}")
     return name
 
 
@@ -166,7 +170,7 @@ def _check(name: str) -> None:
         raise ValueError(f"backend must be one of {_choices()}, got {name!r}")
     reason = unavailable_reason(name)
     if reason is not None:
-        raise RuntimeError(f"backend {name!r} cannot serve: {reason}")
+        raise UnavailableBackend(f"backend {name!r} cannot serve: {reason}")
 
 
 def _choices() -> str:

@@ -45,7 +45,6 @@ def make_optimizer(
 
 def make_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup_steps: int) -> LambdaLR:
     """Linear warm-up from the first step (never at zero), then cosine to zero at `steps`."""
-    warmup_steps = min(warmup_steps, steps)
 
     def factor(step: int) -> float:
         if step < warmup_steps:

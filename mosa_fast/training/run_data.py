@@ -7,9 +7,10 @@ from collections.abc import Sized
 from mosa_fast.backbones.create import channel_statistics
 from mosa_fast.config import TrainConfig
 from mosa_fast.data import load_data, preprocessing_of
-from mosa_fast.data.loading import cache_decoded, drop_unreadable
+from mosa_fast.data.loading import drop_unreadable
+from mosa_fast.data.memory import cache_decoded
 from mosa_fast.data.parts import Splits
-from mosa_fast.data.transforms import IMAGENET, Preprocessing, Statistics
+from mosa_fast.data.preprocessing import IMAGENET, Preprocessing, Statistics
 
 
 def channel_statistics_of(config: TrainConfig) -> Statistics:
@@ -32,6 +33,13 @@ def load_run_data(config: TrainConfig) -> Splits:
         splits = drop_unreadable(splits)
     if config.loader.cache:
         cache_decoded(*(part for part in (splits.train, splits.val) if part is not None))
+    if len(splits.classes) < 2:
+        raise ValueError(f"data: there must be two classes at least, there is {', '.join(splits.classes) or 'none'}")
+    for name in splits.classes:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"data: the name of class {name!r} is not UTF-8: give its folder another one") from None
     for name, part in splits.parts():
         if isinstance(part, Sized) and len(part) == 0 and (name != "test" or config.test):
             raise ValueError(f"data: there is no {name} image; where val is cut from train, a class needs two")

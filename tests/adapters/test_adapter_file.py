@@ -11,7 +11,7 @@ from tiny_vit import make_tiny_vit
 import mosa_fast as mosa
 from mosa_fast.adapters.metadata import FORMAT, read_metadata
 from mosa_fast.backbones.embedded import create_embedded
-from mosa_fast.data.transforms import cropped
+from mosa_fast.data.preprocessing import cropped
 from mosa_fast.training.precision import store_frozen
 
 

@@ -482,12 +482,12 @@ def test_random_positions_are_known_to_be_random():
 
 def test_pooling_that_timm_made_anew_is_trained_and_saved_like_the_head(tmp_path):
     kwargs = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
-    model = mosa.adapt(timm.create_model("vit_tiny_patch16_224", global_pool="map", **kwargs))
+    plain = timm.create_model("vit_tiny_patch16_224", global_pool="map", **kwargs)
+    model = mosa.adapt(copy.deepcopy(plain))
+    torch.nn.init.normal_(plain.attn_pool.q.weight)
     assert all(parameter.requires_grad for parameter in model.attn_pool.parameters())
     mosa.save_adapter(model, tmp_path / "a.safetensors")
-    loaded = mosa.load_adapter(
-        timm.create_model("vit_tiny_patch16_224", global_pool="map", **kwargs), tmp_path / "a.safetensors"
-    )
+    loaded = mosa.load_adapter(plain, tmp_path / "a.safetensors")
     assert all(
         torch.equal(p, q) for p, q in zip(model.attn_pool.parameters(), loaded.attn_pool.parameters(), strict=True)
     )

@@ -390,3 +390,19 @@ def test_reports_and_readme_say_what_the_files_say():
         stored = results.read(path)
         assert path.with_suffix(".md").read_text(encoding="utf-8") == report.markdown(stored)
         assert report.summary(stored) in readme
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16-true"])
+def test_an_int8_backbone_is_compared_with_its_own_weights_in_float32(precision):
+    pytest.importorskip("torchao", reason="int8 needs torchao")
+    name = "ours, int8 backbone"
+    for case in ("step", "evaluation"):
+        (row,) = suite.measure(spec(case, precision), CPU, contenders=(name,))
+        assert row["ms"] > 0, row["reason"]
+    bench = Workbench(spec("step"), CPU, "model")
+    learner = CONTENDERS[name].make(bench.setting)
+    learner.module.train()
+    found, original = bench.results(learner), bench.setting.mixture()
+    learner.mixture = original
+    truth = bench.expected(learner, dropout=True)["output"]
+    assert 1e-3 < torch.linalg.vector_norm(found["output"] - truth) / torch.linalg.vector_norm(truth) < 0.05

@@ -1,3 +1,5 @@
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -6,8 +8,9 @@ from PIL import Image
 from mosa_fast.backbones.create import channel_statistics
 from mosa_fast.config import DataConfig, ModelConfig
 from mosa_fast.data import load_data
+from mosa_fast.data.preprocessing import IMAGENET, Statistics, cropped
 from mosa_fast.data.stratify import stratified_split
-from mosa_fast.data.transforms import IMAGENET, Statistics, cropped, evaluation_transform, train_transform
+from mosa_fast.data.transforms import evaluation_transform, train_transform
 
 
 def keys(dataset):
@@ -83,15 +86,14 @@ def test_bad_folders_are_named(folder):
     (folder / "test" / "dog").rename(folder / "test" / "wolf")
     with pytest.raises(ValueError, match=r"classes of test are not those of train; they differ in dog, wolf"):
         load_data(DataConfig(name="folder", root=str(folder)), 16, 0)
-    with pytest.raises(ValueError, match=r"data\.name must be one of digits, folder"):
+    with pytest.raises(ValueError, match=r"data\.name must be one of digits, fashion_mnist, folder"):
         load_data(DataConfig(name="imagenet"), 16, 0)
 
 
 @pytest.mark.parametrize(("size", "resized"), [(224, 256), (384, 438), (448, 512)])
 def test_transform_gives_the_size_and_imagenet_statistics(size, resized):
     grey = Image.new("RGB", (500, 600), (124, 116, 104))  # the ImageNet mean
-    for make in (train_transform, evaluation_transform):
-        transform = make(cropped(size))
+    for transform in (train_transform(cropped(size), DataConfig()), evaluation_transform(cropped(size))):
         out = transform(grey)
         assert out.shape == (3, size, size)
         assert out.abs().max() < 0.02
@@ -107,3 +109,30 @@ def test_images_can_be_normalised_as_the_backbone_wants(folder):
     assert torch.allclose(load_data(config, 16, 0).test[0][0] * std + mean, image * 0.5 + 0.5, atol=1e-6)
     with pytest.raises(ValueError, match=r"data\.normalisation is for folder and .*, not for digits"):
         load_data(DataConfig(normalisation="backbone"), 32, 0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"crop_scale": 0.3},
+        {"random_erasing": 1.0},
+        *({"augment": name} for name in ("randaugment", "autoaugment", "trivial", "augmix")),
+    ],
+)
+def test_augmentations_change_training_images_only_and_draw_from_torch_alone(folder, options):
+    config = DataConfig(name="folder", root=str(folder), **options)
+    splits, plain = load_data(config, 16, 0), load_data(DataConfig(name="folder", root=str(folder)), 16, 0)
+    assert torch.equal(splits.test[0][0], plain.test[0][0])
+
+    def images(splits, seed):
+        torch.manual_seed(seed)
+        return torch.stack([splits.train[index][0] for index in range(8)])
+
+    np.random.seed(0)
+    random.seed(0)
+    first = images(splits, 1)
+    assert torch.equal(first, images(splits, 1))
+    assert not torch.equal(first, images(splits, 2))
+    assert not torch.equal(first, images(plain, 1))
+    with pytest.raises(ValueError, match=r"is for folder and fgvc and gicd and timm, not for vtab"):
+        load_data(DataConfig(name="vtab", task="dtd", root=str(folder), **options), 16, 0)

@@ -5,7 +5,8 @@ from PIL import Image
 
 from mosa_fast.config import DataConfig
 from mosa_fast.data import load_data
-from mosa_fast.data.loading import batches, cache_decoded, drop_unreadable, evaluation_loader, train_loader
+from mosa_fast.data.loading import batches, drop_unreadable, evaluation_loader, train_loader
+from mosa_fast.data.memory import cache_decoded
 from mosa_fast.data.step_sampler import StepSampler
 
 

@@ -18,7 +18,7 @@ from mosa_fast.data import digits
 from mosa_fast.evaluate import evaluate_run
 from mosa_fast.methods import BLOCK, METHODS, Method
 from mosa_fast.run_folder import RunFolder
-from mosa_fast.training.finished_run import load_run_model
+from mosa_fast.training.finished_run import open_run
 from mosa_fast.training.loop import train
 from mosa_fast.training.model import build_model, count_trained
 
@@ -85,7 +85,7 @@ def test_a_full_run_on_batchnorm_reports_what_it_evaluates_to(tmp_path):
     optim = OptimConfig(lr=1e-2, epochs=3, warmup_epochs=0, batch_size=8)
     config = tiny_run(tmp_path, method="full", model=ModelConfig("resnet10t", pretrained=False), optim=optim)
     summary = train(config, progress=False)
-    accuracy, _ = evaluate_run(RunFolder(tmp_path), config, [str(i) for i in range(10)], "test")
+    accuracy, _ = evaluate_run(open_run(RunFolder(tmp_path)), "test")
     assert accuracy == summary["test_accuracy"]
 
 
@@ -130,10 +130,11 @@ def test_the_dense_adapter_is_trained_with_one_view_and_read_again(tmp_path, mon
     summary = train(tiny_run(tmp_path, method="adapter"), progress=False)
     assert set(views) == {1}
     folder = RunFolder(tmp_path)
-    model = load_run_model(folder, tiny_run(tmp_path, method="adapter"), [str(i) for i in range(10)])
+    run = open_run(folder)
+    model = run.load_model()
     saved = load_file(folder.adapter)
     assert all(torch.equal(trained_state(model)[name], tensor) for name, tensor in saved.items())
-    accuracy, images = evaluate_run(folder, tiny_run(tmp_path, method="adapter"), [str(i) for i in range(10)], "test")
+    accuracy, images = evaluate_run(run, "test")
     assert (accuracy, images) == (summary["test_accuracy"], 800)
 
 
@@ -204,7 +205,7 @@ def test_a_linear_probe_leaves_the_backbones_statistics_alone_and_reports_what_i
     statistics = {name: buffer for name, buffer in untrained.named_buffers() if "running" in name}
     assert len(statistics) > 20
     assert all(torch.equal(seen[name], buffer) for name, buffer in statistics.items())
-    accuracy, _ = evaluate_run(RunFolder(tmp_path), config, [str(i) for i in range(10)], "test")
+    accuracy, _ = evaluate_run(open_run(RunFolder(tmp_path)), "test")
     assert accuracy == summary["test_accuracy"]
 
 

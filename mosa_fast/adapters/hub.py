@@ -1,0 +1,108 @@
+"""Adapters as a folder to share, on a disk or on the Hugging Face Hub (docs/sharing.md).
+
+The folder holds the adapter file, which is all that loading reads, and for people and the Hub its facts as JSON and a
+model card.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from torch import nn
+
+from mosa_fast.adapters.adapter_file import load_adapter, save_adapter
+from mosa_fast.adapters.metadata import read_metadata
+from mosa_fast.adapters.model import AdaptedModel
+from mosa_fast.adapters.model_card import model_card
+from mosa_fast.backbones.identity import make_again
+from mosa_fast.files import write_atomically
+from mosa_fast.run_folder import RunFolder
+
+ADAPTER = RunFolder("").adapter.name  # so that the folder of a run can be loaded, too
+CONFIG = "config.json"
+CARD = "README.md"
+
+
+def save_pretrained(model: nn.Module, folder: str | Path, run: str | Path | None = None, name: str = "") -> None:
+    """Write a folder to share; see `AdaptedModel.save_pretrained`.
+
+    Args:
+        model: adapted; it may be wrapped.
+        folder: made where it is not there; other files in it stay.
+        run: folder of the run that trained it.
+        name: what the model card says that the model is loaded by; the folder's own path where it is empty.
+
+    Raises:
+        ValueError: the model has no adapters, or `run` is not the folder of a finished run.
+        OSError: a file cannot be written.
+    """
+    folder = Path(folder)
+    summary = None
+    if run is not None:
+        if not RunFolder(run).is_finished:
+            raise ValueError(f"{run} is not the folder of a finished run")
+        summary = RunFolder(run).read_summary()
+    save_adapter(model, folder / ADAPTER)
+    metadata = read_metadata(folder / ADAPTER)
+    facts = {key: value for key, value in metadata.to_dict().items() if key != "fingerprint"}
+    _write(folder / CONFIG, json.dumps({"library_name": "mosa_fast", **facts}, indent=2, ensure_ascii=False) + "\n")
+    _write(folder / CARD, model_card(metadata, name or str(folder), summary))
+
+
+def load_pretrained(
+    name_or_folder: str | Path,
+    backbone: nn.Module | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+) -> AdaptedModel:
+    """The model of a folder or of a repository on the Hub; see `AdaptedModel.from_pretrained`."""
+    path = _adapter_file(name_or_folder, revision, token)
+    metadata = read_metadata(path)
+    if backbone is None:
+        if not metadata.can_make_backbone:
+            raise ValueError(f"{name_or_folder} does not say how its backbone is made: give the backbone")
+        assert metadata.backbone is not None
+        assert metadata.backbone_arguments is not None
+        # The file's own head has another size, as a rule, and load_adapter makes room for it.
+        backbone = make_again(metadata.backbone, metadata.backbone_arguments, len(metadata.classes or [0]))
+    return load_adapter(backbone, path)
+
+
+def push_to_hub(
+    model: nn.Module,
+    repository: str,
+    *,
+    run: str | Path | None = None,
+    private: bool = False,
+    token: str | None = None,
+    commit_message: str = "Adapters of mosa_fast",
+) -> str:
+    """Upload a model to the Hub; see `AdaptedModel.push_to_hub`."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    made = api.create_repo(repository, private=private, exist_ok=True)  # puts the user's name before a bare one
+    with TemporaryDirectory() as folder:
+        save_pretrained(model, folder, run, name=made.repo_id)
+        api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=commit_message)
+    return str(made)
+
+
+def _adapter_file(name_or_folder: str | Path, revision: str | None, token: str | None) -> Path:
+    path = Path(name_or_folder)
+    if path.exists():
+        return path / ADAPTER if path.is_dir() else path
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(str(name_or_folder), ADAPTER, revision=revision, token=token))
+    except Exception as error:  # the hub's client raises errors of many kinds, and not all of them are public
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{name_or_folder} is no folder, and the Hub does not give its {ADAPTER}: {reason}") from None
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -1,0 +1,50 @@
+"""What all commands have in common: they are listed, and they start at once."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import mosa_fast
+from mosa_fast.__main__ import COMMANDS, describe, main
+
+PACKAGE = Path(mosa_fast.__file__).parent
+HELP = """
+import contextlib, io, json, runpy, sys
+heavy = {}
+for command in json.loads(sys.argv[1]):
+    sys.argv = [command, "--help"]
+    out = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out):
+            runpy.run_module(command, run_name="__main__")
+    except SystemExit as stop:
+        assert stop.code == 0, command
+    assert "usage: python -m mosa_fast." in out.getvalue(), command
+    heavy[command] = sorted({"torch", "torchvision", "timm", "matplotlib"} & sys.modules.keys())
+print(json.dumps(heavy))
+"""
+
+
+def test_every_command_is_listed_with_a_line(command):
+    programs = {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        for path in PACKAGE.rglob("*.py")
+        if '\nif __name__ == "__main__":' in path.read_text() and path.parent.name != "assets"
+    }
+    assert programs - {"__main__"} == set(COMMANDS)
+    code, out, _ = command(main)
+    assert code == 0
+    for name in COMMANDS:
+        assert len(describe(name)) > 10
+        assert f"{name} " in out
+        assert describe(name) in out
+    assert command(main, "--help")[1] == out
+    assert command(main, "train")[0] == 2
+
+
+def test_help_is_there_before_torch():
+    names = [f"mosa_fast.{name}" for name in COMMANDS]
+    done = subprocess.run([sys.executable, "-c", HELP, json.dumps(names)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {name: [] for name in names}

@@ -1,0 +1,218 @@
+"""What people get wrong: each is one clear line and exit code 2, and nothing hangs."""
+
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_vit import make_tiny_vit
+
+from mosa_fast import MoSAConfig, SparseAdapter, SparseLoRA, adapt, evaluate, info
+from mosa_fast.config import DataConfig, OptimConfig, TrainConfig
+from mosa_fast.data import load_data
+from mosa_fast.ops import backends
+from mosa_fast.train import main
+from mosa_fast.training import checks
+
+TINY = ["--model.name=test_vit", "--model.pretrained=false", "--data.image_size=32", "--tensorboard=false"]
+FAST = [*TINY, "--optim.epochs=1", "--data.shots=1", "--optim.batch_size=10", "--out=run"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def fails(capsys, *arguments, command=main):
+    """The one line that a mistake leaves."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as left:
+        command(list(arguments))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert (left.value.code, len(lines)) == (2, 1), lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim: null\n", "recipe.yaml: optim must be a mapping of options, got None"),
+        ("optim:\n", "recipe.yaml: optim must be a mapping of options, got None"),
+        ("optim: 3\n", "recipe.yaml: optim must be a mapping of options, got 3"),
+        ("optim: [1]\n", "recipe.yaml: optim must be a mapping of options, got [1]"),
+        ("adapter: null\n", "recipe.yaml: adapter must be a mapping of options, got None"),
+        ("optim:\n  lr: 0.1\n  epochs: 2\n  lr: 0.2\n", "recipe.yaml gives lr twice, in lines 2 and 4"),
+        ("seed: 1\nmethod: mosa\nseed: 2\n", "recipe.yaml gives seed twice, in lines 1 and 3"),
+        ("optim: &a {lr: *a}\n", "a mapping is inside itself"),
+        ("", "recipe.yaml is empty"),
+        ("# nothing\n", "recipe.yaml is empty"),
+        ("- 1\n", "recipe.yaml must be a mapping of options, it is a list"),
+        ("seed: null\n", "seed must be a whole number, got None"),
+        ("model: {name: 3}\n", "model.name must be text, got 3"),
+    ],
+)
+def test_recipes(here, capsys, text, message):
+    (here / "recipe.yaml").write_text(text)
+    assert message in fails(capsys, "--config=recipe.yaml", *FAST)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--model.drop_path=5", "model.drop_path must be in [0, 1), got 5.0"),
+        ("--model.drop_path=-1", "model.drop_path must be in [0, 1), got -1.0"),
+        ("--model.drop_path=1.0", "model.drop_path must be in [0, 1), got 1.0"),
+        ("--model.name=resnet18", "the model is a ResNet"),
+        ("--adapter.bottleneck=100000000", "bottleneck must be at most 65,536, got 100000000"),
+        ("--out=/dev/null/x", "Not a directory: /dev/null/x"),
+        ("--out=", "out must not be empty"),
+        ("--loss.add_weight=-1", "loss.add_weight must be at least 0, got -1.0"),
+        ("--loss.reg_weight=-1", "loss.reg_weight must be at least 0, got -1.0"),
+        ("--adapter.seed=-1", "seed must be at least 0, got -1"),
+        ("--seed=99999999999999999999", "seed must be at most 9,223,372,036,854,775,807, got 99999999999999999999"),
+        ("--adapter.scale=nan", "adapter.scale must be a number or one of auto, trainable, got nan"),
+        ("--loss.views=-1", "loss.views must be one of 1, 2, got -1"),
+        ("--optim.epochs=1000000000000000000", "optim.epochs must be at most 1,000,000"),
+        ("--optim.warmup_epochs=1.5", "optim.warmup_epochs 1.5 is longer than the run of 1 epochs"),
+        ("--data.image_size=33", "test_vit cannot take images of 33 pixels: Input height (33) should be divisible"),
+        ("--data.image_size=100000", "out of memory: smaller images"),
+        ("--resume", "--resume goes on with the run that is there, --overwrite replaces it"),
+    ],
+)
+def test_options(capsys, argument, message):
+    assert message in fails(capsys, *FAST, "--overwrite", argument)
+
+
+def test_an_unknown_option_is_only_likened_to_what_is_like_it(capsys):
+    assert fails(capsys, "--bogus=1") == "error: unrecognized arguments: --bogus=1"
+
+
+def test_the_largest_seed_is_one(here):
+    main([*FAST, f"--seed={2**63 - 1}", f"--adapter.seed={2**63 - 1}", "--model.backbone_dropout=0.1"])
+
+
+def test_warm_up_is_a_tenth_unless_it_is_given():
+    assert (OptimConfig().warmup, OptimConfig(epochs=12).warmup, OptimConfig(warmup_epochs=3).warmup) == (10, 1.2, 3)
+    TrainConfig(optim=OptimConfig(epochs=2, warmup_epochs=2))
+    with pytest.raises(ValueError, match="longer than the run of 2 epochs"):
+        TrainConfig(optim=OptimConfig(epochs=2, warmup_epochs=2.5))
+
+
+def images_in(folder, count=2):
+    folder.mkdir(parents=True)
+    for index in range(count):
+        pixels = np.random.default_rng(index).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+
+
+FOLDER = [*FAST[:-1], "--data.shots=50", "--data.name=folder", "--data.root=data", "--data.workers=0", "--out=run"]
+
+
+@pytest.fixture
+def data(here):
+    for part in ("train", "val", "test"):
+        for label in ("cat", "dog"):
+            images_in(here / "data" / part / label)
+    return here / "data"
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_that_is_called_an_image_is_named(data, capsys):
+    os.mkfifo(data / "train" / "cat" / "pipe.jpg")
+    assert "data/train/cat/pipe.jpg cannot be read (ValueError: not a regular file)" in fails(capsys, *FOLDER)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("target", [".", "..", "../.."])
+def test_a_link_in_a_circle_is_not_followed(data, target):
+    config = DataConfig(name="folder", root="data")
+    before = load_data(config, 16, 0).train.samples
+    (data / "train" / "cat" / "again").symlink_to(target)
+    assert load_data(config, 16, 0).train.samples == before
+
+
+def test_a_link_that_leads_elsewhere_is_followed(data):
+    images_in(data / "elsewhere")
+    (data / "train" / "cat" / "more").symlink_to(data / "elsewhere")
+    (data / "train" / "dog" / "gone.png").symlink_to("nothing")
+    main([*FOLDER, "--loader.corrupt=skip"])
+    assert json.loads((data.parent / "run" / "summary.json").read_text())["steps"] == 1
+
+
+def test_one_class_is_nothing_to_tell_apart(here, capsys):
+    for part in ("train", "val", "test"):
+        images_in(here / "data" / part / "cat")
+    assert "there must be two classes at least, there is cat" in fails(capsys, *FOLDER)
+
+
+def test_a_class_whose_name_is_not_utf8_is_named(data, capsys):
+    for part in ("train", "val", "test"):
+        os.rename(data / part / "dog", os.fsencode(data / part) + b"/d\xff")
+    assert r"the name of class 'd\udcff' is not UTF-8" in fails(capsys, *FOLDER)
+
+
+def test_broken_class_names_of_a_run_are_named(here, capsys):
+    main(FAST)
+    for content in (b'["0", ', b'{"0": 1}', b"[1, 2]", b'["\xff"]', b""):
+        (here / "run" / "classes.json").write_bytes(content)
+        assert "run/classes.json cannot be read" in fails(capsys, "--run=run", command=evaluate.main)
+
+
+@pytest.mark.parametrize("package", ["torchvision", "timm"])
+def test_a_broken_package_is_named_by_training_and_by_info(monkeypatch, capsys, package):
+    class Broken:
+        def find_spec(self, name, *_):
+            if name == package:
+                raise RuntimeError(f"operator {package}::nms does not exist")
+
+    monkeypatch.delitem(sys.modules, package)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    line = fails(capsys, *FAST)
+    assert f"{package} cannot be used here (RuntimeError: operator {package}::nms does not exist)" in line
+    info.main([])
+    row = next(row for row in capsys.readouterr().out.splitlines() if row.startswith(package))
+    assert "cannot be used: RuntimeError" in row
+
+
+def test_a_backend_that_cannot_serve_is_refused_before_anything_is_replaced(here, monkeypatch, capsys):
+    main(FAST)
+    monkeypatch.setenv("MOSA_FAST_BACKEND", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if backends.unavailable_reason("triton") is None:
+        pytest.skip("it can serve here")
+    assert "backend 'triton' cannot serve: no GPU is visible" in fails(capsys, *FAST, "--overwrite")
+    assert (here / "run" / "summary.json").is_file()
+    assert "backend 'triton' cannot serve" in fails(capsys, "--run=run", command=evaluate.main)
+    main([*FAST, "--method=linear", "--out=linear"])  # it has no operator to serve
+
+
+def test_what_will_be_slow_is_said(monkeypatch):
+    cpu = torch.device("cpu")
+    many = TrainConfig(data=DataConfig(name="folder", workers=10_000))
+    assert "data.workers 10000: this machine has " in checks.notes(many, cpu)[0]
+    assert checks.notes(TrainConfig(data=DataConfig(name="folder", workers=1)), cpu) == []
+    for has in (True, False):
+        monkeypatch.setattr(checks, "cpu_has_bf16", lambda has=has: has)
+        lines = checks.notes(TrainConfig(precision="bf16-mixed"), cpu)
+        assert [line for line in lines if "no bfloat16 arithmetic" in line] == lines
+        assert len(lines) == (not has)
+    assert checks.notes(TrainConfig(precision="bf16-mixed"), torch.device("cuda")) == []
+
+
+def test_a_layer_of_another_width_blames_its_input():
+    with pytest.raises(ValueError, match=r"x must be \[N, \.\.\., 8\], got float32 \[2, 3, 9\]"):
+        SparseAdapter(8, 4)(torch.zeros(2, 3, 9))
+    with pytest.raises(ValueError, match=r"x must be \[N, \.\.\., 8\], got float32 \[2, 3, 9\]"):
+        SparseLoRA(8, columns=((0, 4),), rank=2)(torch.zeros(2, 3, 9), torch.zeros(2, 3, 12))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_there_is_a_view_at_least(training):
+    model = adapt(make_tiny_vit(), MoSAConfig(bottleneck=2)).train(training)
+    for views in (0, -1):
+        with pytest.raises(ValueError, match=f"views must be at least 1, got {views}"):
+            model(torch.zeros(1, 3, 8, 8), views=views)

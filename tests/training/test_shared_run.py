@@ -1,0 +1,40 @@
+from tiny_runs import tiny_run
+
+import mosa_fast as mosa
+from mosa_fast.backbones.embedded import create_embedded
+from mosa_fast.config import ModelConfig
+from mosa_fast.training.loop import train
+
+
+def test_a_runs_folder_loads_and_its_card_has_the_numbers_of_the_run(tmp_path):
+    summary = train(tiny_run(tmp_path / "run", model=ModelConfig()), progress=False)
+    model = mosa.AdaptedModel.from_pretrained(tmp_path / "run")
+    assert model.classes == [str(digit) for digit in range(10)]
+    model.save_pretrained(tmp_path / "shared", run=tmp_path / "run")
+    card = (tmp_path / "shared" / "README.md").read_text()
+    for line in (
+        "| data | digits (2 images per class) |",
+        f"| test accuracy | {summary['test_accuracy']:.2f} % |",
+        f"| trained weights | {summary['trained_weights']:,} + head {summary['head_weights']:,} |",
+        "| training | 3 epochs of adamw, learning rate 0.005, batch size 8, fp32 |",
+    ):
+        assert line in card, card
+
+
+def test_a_card_does_not_promise_weights_that_a_run_did_not_have(tmp_path):
+    train(tiny_run(tmp_path / "run", model=ModelConfig(pretrained=False), test=False), progress=False)
+    model = mosa.AdaptedModel.from_pretrained(tmp_path / "run", create_embedded_unpretrained())
+    model.save_pretrained(tmp_path / "shared", run=tmp_path / "run")
+    card = (tmp_path / "shared" / "README.md").read_text()
+    assert "| backbone's weights | random weights (seed 3407) |" in card
+    assert "from_pretrained(" in card
+    assert ", backbone=backbone)" in card
+    assert "base_model" not in card
+    assert "test accuracy" not in card
+
+
+def create_embedded_unpretrained():
+    import torch
+
+    torch.manual_seed(3407)  # as build_model does
+    return create_embedded(10)
