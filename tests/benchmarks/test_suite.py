@@ -375,6 +375,13 @@ def test_few_packages_are_needed():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def test_the_report_of_serving_says_what_its_file_says():
+    files = sorted(results.FOLDER.glob("bank_*.json"))
+    assert files
+    for path in files:
+        assert path.with_suffix(".md").read_text(encoding="utf-8") == report.markdown(results.read(path))
+
+
 def test_reports_and_readme_say_what_the_files_say():
     files = sorted(results.FOLDER.glob("suite_*.json"))
     assert files

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from bank_cases import CASES as BANK_CASES
+from bank_cases import PAIRS, BankCase
 from kernel_cases import CASES, DIFFERENTIABLE, Case, check, compare, error, make, poisoned, run, variant
 from lora_cases import CASES as LORA_CASES
 from lora_cases import DIFFERENTIABLE as LORA_DIFFERENTIABLE
@@ -24,6 +26,17 @@ VIT_LORA = variant(
     rank=16,
     tokens=197,
     scale=torch.tensor(0.3),
+)
+VIT_BANK = BankCase("adapters_of_vit_b", width=768, bottleneck=64, tokens=197, tasks=(7, 0, 3, 3), number=8)
+VIT_LORA_BANK = BankCase(
+    "q_and_v_of_vit_b_by_task",
+    width=768,
+    out_width=2304,
+    columns=((0, 768), (1536, 2304)),
+    tokens=197,
+    tasks=(7, 0, 3, 3),
+    number=8,
+    **PAIRS,
 )
 GIB = 2**30
 
@@ -54,10 +67,16 @@ def test_output_and_gradients(case, dtype, name):
 
 @pytest.fixture
 def triton_serves():
-    """sparse_lora has Triton kernels only."""
+    """What is tested with it has Triton kernels only."""
     reason = unavailable_reason("triton")
     if reason is not None:
         pytest.skip(reason)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [*BANK_CASES, VIT_BANK, VIT_LORA_BANK], ids=str)
+def test_output_of_a_bank(case, dtype, triton_serves):
+    check(case, dtype, "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
