@@ -1,9 +1,9 @@
 """The registry of contenders: no adapters, ours, the paper's way of working, a dense adapter, LoRA, other methods.
 
 A contender is a function from a `Setting` to a `Learner`, registered under its name: a new one needs no change anywhere
-else. Where there is little time, those at the end of this file are left out first. All stand on the same frozen timm
-ViT (no dropout or drop-path of its own) with a trained head. All see two views of the same images, but for methods of a
-run that have one.
+else. Where there is little time, those at the end of this file are left out first. All stand on the same timm ViT (no
+dropout or drop-path of its own) with a trained head; it is frozen but for what a method of a run trains of it. All see
+two views of the same images, but for methods that have one.
 """
 
 from __future__ import annotations
@@ -223,11 +223,12 @@ def dense(setting: Setting) -> Learner:
     return Learner(model, lambda batch, step: (model(*batch.repeated()),), model)
 
 
-def _peft_unavailable() -> str | None:
+def peft_unavailable() -> str | None:
+    """Why there is no contender of the peft library; None: there is."""
     return None if importlib.util.find_spec("peft") else 'peft is not installed: pip install -e ".[compare]"'
 
 
-@contender("peft, q and v", LORA_CASES, unavailable=_peft_unavailable)
+@contender("peft, q and v", LORA_CASES, unavailable=peft_unavailable)
 def peft_q_and_v(setting: Setting) -> Learner:
     """LoRA on the targets that MoSL has, which stand apart for it; two views in one batch."""
     mixture = setting.mixture(DENSE_LORA_CONFIG)
@@ -246,7 +247,7 @@ def peft_q_and_v(setting: Setting) -> Learner:
     return Learner(model, lambda batch, step: (run(*batch.repeated()),), model, mixture, adapters=pairs)
 
 
-@contender("peft, fused qkv", ("block", "step", "evaluation"), unavailable=_peft_unavailable)
+@contender("peft, fused qkv", ("block", "step", "evaluation"), unavailable=peft_unavailable)
 def peft_fused(setting: Setting) -> Learner:
     """LoRA as it is put into timm's models: one pair on q, k and v together; two views in one batch."""
     model = _with_peft(copy.deepcopy(setting.backbone), ["qkv"], modules_to_save=["head"])

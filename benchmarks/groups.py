@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.cases import COPY
 from benchmarks.contenders import CONTENDERS, NO_ADAPTER, NO_ADAPTER_APART
 from benchmarks.results import KEY, Row
-from benchmarks.spec import OPERATORS
+from benchmarks.spec import BANKS, OPERATORS
 
 MODES = {"all": "forward and backward", "forward": "forward", "backward": "backward"}
 SUBJECTS = {
@@ -18,6 +18,7 @@ SUBJECTS = {
     "step": "a training step",
     "methods": "a training step of every method",
     "evaluation": "evaluation",
+    **{name: f"a batch of images of {tasks} task{'' if tasks == 1 else 's'}" for name, tasks in BANKS.items()},
 }
 LINEAR = "linear"
 Group = tuple[Any, ...]  # case, backbone, images, tokens, precision, mode

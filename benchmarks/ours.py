@@ -86,15 +86,17 @@ def method(setting: Setting, row: Method) -> Learner:
         operator = "sparse_lora" if config.method == "lora" else "sparse_adapter"
         return ours(setting, best_backend(setting.device, operator), config=config, views=views)
 
-    exact: Any = copy.deepcopy(setting.float32)
-    for parameter in row.trained(exact, [exact.head], 1):
-        parameter.requires_grad_(True)
+    def exact() -> Any:
+        model: Any = copy.deepcopy(setting.float32)
+        for parameter in row.trained(model, [model.head], 1):
+            parameter.requires_grad_(True)
+        return model
 
     def learner(model: Any) -> Learner:
         return Learner(model, lambda batch, step: (model(*batch.joined),), model, views=views)
 
-    made = learner(setting.stored(exact))
-    made.truth = lambda: learner(exact)
+    made = learner(setting.stored(exact()))
+    made.truth = lambda: learner(exact())  # made when it is compared, and not kept
     return made
 
 

@@ -15,6 +15,7 @@ from benchmarks.contenders import NO_ADAPTER, NO_ADAPTER_APART
 from benchmarks.groups import Group, groups, heading, shape, subject, timed, yardstick
 from benchmarks.plots import PLOTS
 from benchmarks.results import FOLDER, LEAST_RUNS, Row, markdown_table, read
+from benchmarks.spec import BANKS, EVALUATIONS
 
 PAPERS = ("paper", "paper, MoSL")  # the published way of working; pairs alone are compared with the second
 
@@ -47,9 +48,9 @@ def table(group: Group, rows: list[Row]) -> str:
     tax = {name: values for name, *values in taxes(rows)} if case == "step" else {}
     peak = any(row["peak_mib"] is not None for row in rows)
     of_copy = any(row["of_copy"] is not None for row in rows)
-    keeps = peak or (mode == "all" and case != "evaluation")
+    keeps = peak or (mode == "all" and case not in EVALUATIONS)
     paper = next((by_name[name] for name in PAPERS if name in by_name), None)
-    against_paper, stored = case != "methods", case in ("step", "methods")
+    against_paper, stored = case not in ("methods", *BANKS), case in ("step", "methods")
     columns = ["", "ms (quartiles)", "images/s", *(["times the paper's speed"] if against_paper else [])]
     columns += ["of the copy's speed"] if of_copy else []
     columns += ["peak, MiB" if peak else "activations, MiB"] if keeps else []

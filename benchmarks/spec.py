@@ -16,6 +16,8 @@ CONFIG = MoSAConfig(bottleneck=64, experts=4)  # the paper's for FGVC: parallel 
 LORA_CONFIG = replace(CONFIG, method="lora")  # MoSL: pairs of rank 16 on q and v
 DENSE_LORA_CONFIG = replace(LORA_CONFIG, experts=1)
 OPERATORS = ("operator", "lora")  # cases of one operator alone
+BANKS = {f"bank{tasks}": tasks for tasks in (1, 8, 64)}  # cases of serving, by the number of tasks
+EVALUATIONS = ("evaluation", *BANKS)  # cases without a backward
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import serving  # noqa: F401  # registers its cases
 from benchmarks.cases import CASES, COPY, Contender, free_memory, operator_work
 from benchmarks.contenders import best_backend
 from benchmarks.machine import environment, speeds
 from benchmarks.results import KEY, MEASURED, NO_TIME, Row
-from benchmarks.spec import CONFIG, OPERATORS, Mode, Spec
+from benchmarks.spec import BANKS, CONFIG, EVALUATIONS, OPERATORS, Mode, Spec
 from benchmarks.timing import (
     MIB,
     Clock,
@@ -58,6 +59,7 @@ def _gpu_specs() -> tuple[Spec, ...]:
         Spec("methods", base, 128, "bf16-mixed", weight=2),
         Spec("evaluation", base, 128, "bf16-mixed", compiled=True, weight=4),
         Spec("evaluation", base, 128, "fp32", repeats=5),
+        *(Spec(case, base, 128, "bf16-mixed") for case in BANKS),
     ]
     batches = [Spec("operator", base, images, "bf16-mixed", repeats=20) for images in (8, 32, 512)]
     tokens = [Spec("operator", base, 32, "bf16-mixed", tokens=count, repeats=20) for count in (50, 577, 1370)]
@@ -89,6 +91,7 @@ def _quick_specs() -> tuple[Spec, ...]:
         Spec("lora", tiny, 8, "fp32"),
         Spec("block", tiny, 4, "fp32"),
         Spec("evaluation", tiny, 4, "fp32"),
+        Spec("bank8", tiny, 8, "fp32"),
         Spec("operator", tiny, 8, "fp32", compiled=True, weight=4),
         Spec("methods", small, 1, "fp32", weight=3),
         Spec("step", small, 1, "fp32", weight=5),
@@ -110,6 +113,7 @@ SUITES = {
     "quick": Suite(_quick_specs(), 2),
     "full": Suite(_full_specs(), 8),
     "gpu": Suite(_gpu_specs(), 8, gpu=True),
+    "bank": Suite(tuple(Spec(case, "vit_tiny_patch16_224", 64, "fp32") for case in BANKS), 6),
     "operator": Suite(
         _operator_specs(),
         2,
@@ -242,7 +246,7 @@ class _Preparation:
         if contender.compiled:
             run()
         started = self.deadline.clock()
-        if contender.compiled or self.spec.case == "evaluation":
+        if contender.compiled or self.spec.case in EVALUATIONS:
             first()
         else:
             self.saved[contender.name] = round(saved_memory(first), 2)

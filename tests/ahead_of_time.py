@@ -27,7 +27,8 @@ from mosa_fast.ops import (
     triton_tiles,
 )
 from mosa_fast.ops.call import AdapterBankCall, Call, SparseAdapterCall, SparseLoRACall
-from mosa_fast.ops.registration import OPERATORS, EvaluationOperator
+from mosa_fast.ops.evaluation_operator import EVALUATION_OPERATORS
+from mosa_fast.ops.registration import OPERATORS
 from mosa_fast.ops.triton_tiles import Tile
 
 TARGETS = {
@@ -209,12 +210,12 @@ def recording(architecture: str) -> Iterator[list[Launch]]:
 
 def launches(c: Call, architecture: str) -> list[Launch]:
     """What a forward and a backward (if it has one) of this call launch, with every gradient wanted."""
-    launchers, operator = LAUNCHERS[c.NAME], OPERATORS[c.NAME]
+    launchers = LAUNCHERS[c.NAME]
     with recording(architecture) as recorded:
-        if isinstance(operator, EvaluationOperator):
-            launchers.forward(c, operator.result(c))
+        if c.NAME in EVALUATION_OPERATORS:
+            launchers.forward(c, EVALUATION_OPERATORS[c.NAME].result(c))
             return recorded
-        out, *saved = operator.results(c, True)
+        out, *saved = OPERATORS[c.NAME].results(c, True)
         launchers.forward(c, out, saved)
         gradients = {
             name: torch.empty_like(value)

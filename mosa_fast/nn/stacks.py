@@ -145,7 +145,10 @@ class LoRAStack(TaskStack):
         self.append({"down_weight": down, "up_weight": lora.scale * lora.up.weight})
 
     def forward(self, x: Tensor, y: Tensor, experts: None = None) -> Tensor:
-        """As SparseLoRA's: what the linear reads `[B, ..., D]` and gives, `[B, ..., O]`; there are no experts."""
+        """As SparseLoRA's: what the linear reads `[B, ..., D]` and gives, `[B, ..., O]`; there are no experts.
+
+        The result may take the memory of y, which nobody but the linear's wrapper has.
+        """
         return adapter_bank(
             x,
             y,
@@ -159,6 +162,7 @@ class LoRAStack(TaskStack):
             columns=self.columns,
             activation=IDENTITY,
             add_input=False,
+            overwrite_skip=True,
         )
 
 
@@ -178,6 +182,6 @@ class LinearStack(TaskStack):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, ..., D]` to `[B, ..., most classes]`, -inf past a task's own."""
         tasks = self._tasks_of(x)
-        rows = x.reshape(x.shape[0], -1, x.shape[-1]).to(self.weight.dtype)  # float32 under a backbone in bfloat16
+        rows = x.reshape(x.shape[0], -1, x.shape[-1]).to(self.weight.dtype)  # heads may be float32 after half precision
         logits = torch.baddbmm(self.bias[tasks].unsqueeze(1), rows, self.weight[tasks].mT)
         return logits.view(*x.shape[:-1], -1)

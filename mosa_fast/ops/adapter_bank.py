@@ -10,7 +10,7 @@ from torch import Tensor
 from mosa_fast.ops import launching, reference
 from mosa_fast.ops.backends import resolve_backend
 from mosa_fast.ops.call import AdapterBankCall, check_columns, check_device, describe, product_dtype
-from mosa_fast.ops.registration import EvaluationOperator
+from mosa_fast.ops.evaluation_operator import EvaluationOperator
 
 
 def adapter_bank(
@@ -28,6 +28,7 @@ def adapter_bank(
     activation: str = "gelu",
     add_input: bool = True,
     eps: float = 1e-6,
+    overwrite_skip: bool = False,
 ) -> Tensor:
     """N tasks' dense adapters, each sample through its own task's: `(x) + (skip) + up_t(act(down_t(norm_t(x))))`.
 
@@ -52,10 +53,11 @@ def adapter_bank(
         activation: "gelu" (exact), "relu", "silu" or "identity".
         add_input: add x to the output, which then is as wide.
         eps: of the norms.
+        overwrite_skip: skip is not needed any more, so that the output may take its memory: a pass over it less.
 
     Returns:
         `[B, ..., O]` (O is D without skip), in the promoted dtype of what is added, of x where nothing is; it shares
-        memory with no argument.
+        memory with no argument but perhaps with skip, where that may be overwritten.
 
     Raises:
         ValueError: an argument does not fit; the message names it, what came and what was expected.
@@ -79,7 +81,8 @@ def adapter_bank(
         product_dtype=product_dtype(x),
     )
     _check(call)
-    return _operator(call, resolve_backend(x.device, x.dtype, call.NAME))
+    overwrite = overwrite_skip and skip is not None and skip.dtype == call.out_dtype
+    return _operator(call, resolve_backend(x.device, x.dtype, call.NAME), overwrite)
 
 
 def result(call: AdapterBankCall) -> Tensor:

@@ -102,27 +102,30 @@ def sparse_lora(call: SparseLoRACall) -> Tensor:
         return out.reshape(c.out_samples, *y.shape[1:])
 
 
-def adapter_bank(call: AdapterBankCall) -> Tensor:
-    """`mosa_fast.ops.adapter_bank` on a checked call.
+def adapter_bank(call: AdapterBankCall, out: Tensor) -> None:
+    """`mosa_fast.ops.adapter_bank` on a checked call, into `out`, which may be skip.
 
     Neighbouring samples of one task share their products. To give every sample a copy of its task's weights, and make
     one batched product of all, took twice as long on a CPU (64 samples of 197 tokens, D = 192 and 768, r = 64).
     """
     c, x = call, call.x
     sum_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    streams = x.reshape(c.groups, c.tokens, c.width)
-    out = x.new_empty(c.groups, c.tokens, c.out_width, dtype=c.out_dtype)
-    skips = None if c.skip is None else c.skip.reshape(out.shape)
+    streams = x.reshape(-1, c.width)
+    skips = None if c.skip is None else c.skip.reshape(-1, c.out_width)
+    outs = out.view(-1, c.out_width)
 
     with torch.autocast(x.device.type, enabled=False):
         for task, samples in runs(c.tasks):
-            stream, own = streams[samples].flatten(0, 1), out[samples].flatten(0, 1)
+            rows = slice(samples.start * c.tokens, samples.stop * c.tokens)
+            stream, own = streams[rows], outs[rows]
             hidden = _bank_hidden(c, stream.to(sum_dtype), task)
             total = own if own.dtype == sum_dtype else torch.empty_like(own, dtype=sum_dtype)
             # First what is added, then products in place: the fewest passes over the output.
-            if skips is not None:
-                skip = skips[samples].flatten(0, 1)
-                torch.add(skip, stream, out=total) if c.add_input else total.copy_(skip)
+            if skips is not None and c.add_input:
+                torch.add(skips[rows], stream, out=total)
+            elif skips is not None:
+                if total.data_ptr() != skips[rows].data_ptr():
+                    total.copy_(skips[rows])
             elif c.add_input:
                 total.copy_(stream)
             else:
@@ -130,17 +133,21 @@ def adapter_bank(call: AdapterBankCall) -> Tensor:
             _add_up_projections(c, total, hidden, task)
             if total is not own:
                 own.copy_(total)
-    return out.view(*x.shape[:-1], c.out_width)
 
 
 def _bank_hidden(c: AdapterBankCall, stream: Tensor, task: int) -> Tensor:
     """Hidden values h of a task's tokens `[M, D]`, all targets' side by side: `[M, R]` in the product dtype."""
+    sum_dtype = stream.dtype
     if c.norm_weight is not None and c.norm_bias is not None:
-        affine = (c.norm_weight[task].to(stream.dtype), c.norm_bias[task].to(stream.dtype))
+        affine = (c.norm_weight[task].to(sum_dtype), c.norm_bias[task].to(sum_dtype))
         stream = F.layer_norm(stream, (c.width,), *affine, c.eps)
-    bias = None if c.down_bias is None else c.down_bias[task].view(1, 1, -1).to(stream.dtype)
-    weight = c.down_weight[task : task + 1].to(c.product_dtype)
-    hidden = project(stream.to(c.product_dtype).unsqueeze(0), weight, bias)[0]
+    weight, bias = c.down_weight[task].to(c.product_dtype), c.down_bias
+    if bias is None:
+        hidden = F.linear(stream.to(c.product_dtype), weight)
+    elif c.product_dtype == sum_dtype:
+        hidden = F.linear(stream, weight, bias[task].to(sum_dtype))
+    else:  # added after the product, to spare it the rounding
+        hidden = F.linear(stream.to(c.product_dtype), weight) + bias[task].to(sum_dtype)
     return (hidden if c.activation == IDENTITY else ACTIVATIONS[c.activation](hidden)).to(c.product_dtype)
 
 

@@ -25,9 +25,9 @@ from mosa_fast.ops.call import Call
 
 NAMESPACE = "mosa_fast"
 
-OPERATORS: dict[str, Operator | EvaluationOperator] = {}  # by name
+OPERATORS: dict[str, Operator] = {}  # by name
 
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 class Operator:
@@ -62,16 +62,16 @@ class Operator:
         backward = [tensors[tensor] for tensor in call.TENSORS] + results_schema[1:] + ["Tensor grad_out"]
         backward += [call.SCHEMA[option] for option in call.OPTIONS]
         backward += ["bool[] needed", "ScalarType? added_dtype", "str backend"]
-        _define(name, f"({', '.join(forward)}) -> ({', '.join(results_schema)})")
-        _define(f"{name}_backward", f"({', '.join(backward)}) -> Tensor[]")
+        define(name, f"({', '.join(forward)}) -> ({', '.join(results_schema)})")
+        define(f"{name}_backward", f"({', '.join(backward)}) -> Tensor[]")
         self.forward_op = getattr(torch.ops.mosa_fast, name).default
         self.backward_op = getattr(torch.ops.mosa_fast, f"{name}_backward").default
-        _library.impl(name, self._forward, "CompositeExplicitAutograd")
-        _library.impl(name, self._differentiable_forward, "Autograd")
-        _library.impl(f"{name}_backward", self._backward, "CompositeExplicitAutograd")
-        _library.impl(f"{name}_backward", self.differentiable_backward, "Autograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", self._fake_forward, lib=_library)
-        torch.library.register_fake(f"{NAMESPACE}::{name}_backward", self._fake_backward, lib=_library)
+        library.impl(name, self._forward, "CompositeExplicitAutograd")
+        library.impl(name, self._differentiable_forward, "Autograd")
+        library.impl(f"{name}_backward", self._backward, "CompositeExplicitAutograd")
+        library.impl(f"{name}_backward", self.differentiable_backward, "Autograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", self._fake_forward, lib=library)
+        torch.library.register_fake(f"{NAMESPACE}::{name}_backward", self._fake_backward, lib=library)
 
     def __call__(self, call: Call, backend: str) -> Tensor:
         """Run the kernels of a backend on a checked call."""
@@ -84,11 +84,11 @@ class Operator:
 
     def _forward(self, *arguments: Any) -> tuple[Tensor, ...]:
         *values, save, backend = arguments
-        call = self.call(*map(_contiguous, values))
+        call = self.call(*map(contiguous, values))
         out, *saved = self.results(call, save)
         if out.numel():
             with torch.cuda.device_of(call.x):  # kernels run on the current device
-                _launchers(self.name, backend).forward(call, out, saved)
+                launchers(self.name, backend).forward(call, out, saved)
         else:
             for tensor in saved:
                 tensor.zero_()  # no program comes to write it
@@ -103,7 +103,7 @@ class Operator:
         gradients = self._gradients(call, grad_out, needed, added_dtype)
         if grad_out.numel():
             with torch.cuda.device_of(grad_out):
-                _launchers(self.name, backend).backward(call, grad_out, saved, gradients)
+                launchers(self.name, backend).backward(call, grad_out, saved, gradients)
         else:
             for gradient in gradients.values():
                 gradient.zero_()
@@ -117,9 +117,9 @@ class Operator:
     def _backward_arguments(self, arguments: Sequence[Any]) -> tuple[Any, list[Tensor], Tensor, list[bool], Any, str]:
         """The call, the saved tensors, the output's gradient, what is needed, and the backend."""
         tensors, rest = arguments[: self.tensor_count], arguments[self.tensor_count :]
-        *saved, grad_out = map(_contiguous, rest[: self.saved_count + 1])
+        *saved, grad_out = map(contiguous, rest[: self.saved_count + 1])
         *options, needed, added_dtype, backend = rest[self.saved_count + 1 :]
-        return self.call(*map(_contiguous, tensors), *options), saved, grad_out, needed, added_dtype, backend
+        return self.call(*map(contiguous, tensors), *options), saved, grad_out, needed, added_dtype, backend
 
     def _chosen(self, needed: Sequence[bool]) -> list[str]:
         """The names of the gradients that are asked for; `needed` goes with `differentiable`."""
@@ -156,56 +156,6 @@ class Operator:
             return list(_Refused.apply(self, *arguments))
         with torch._C._AutoDispatchBelowAutograd():
             return self.backward_op(*arguments)
-
-
-class EvaluationOperator:
-    """An operator without gradients, whose backward is an error.
-
-    `mosa_fast::NAME` takes the call's arguments and the backend's name, and returns the output. The reference is behind
-    it as well: what it does may depend on values, which torch.compile cannot trace.
-
-    Args:
-        call: as `Operator`'s.
-        result: memory for the output.
-        reference: makes the output by itself.
-    """
-
-    def __init__(self, call: type[Call], result: Callable[[Any], Tensor], reference: Callable[[Any], Tensor]) -> None:
-        name = self.name = call.NAME
-        self.call, self.result, self.reference = call, result, reference
-        OPERATORS[name] = self
-        _define(name, f"({', '.join([*call.SCHEMA.values(), 'str backend'])}) -> Tensor")
-        self.op = getattr(torch.ops.mosa_fast, name).default
-        _library.impl(name, self._forward, "CompositeExplicitAutograd")
-        _library.impl(name, self._without_gradient, "Autograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", self._fake, lib=_library)
-
-    def __call__(self, call: Call, backend: str) -> Tensor:
-        """Run a backend on a checked call."""
-        out: Tensor = self.op(*call.values(), backend)
-        return out
-
-    def _forward(self, *arguments: Any) -> Tensor:
-        *values, backend = arguments
-        call = self.call(*map(_contiguous, values))
-        if backend == "reference":
-            return self.reference(call)
-        out = self.result(call)
-        if out.numel():
-            with torch.cuda.device_of(call.x):  # kernels run on the current device
-                _launchers(self.name, backend).forward(call, out)
-        return out
-
-    def _fake(self, *arguments: Any) -> Tensor:
-        *values, _backend = arguments
-        return self.result(self.call(*values))
-
-    def _without_gradient(self, *arguments: Any) -> Tensor:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
-            out: Tensor = _Evaluated.apply(self, *arguments)
-            return out
-        with torch._C._AutoDispatchBelowAutograd():
-            return self.op(*arguments)
 
 
 class _Recorded(torch.autograd.Function):
@@ -262,31 +212,19 @@ class _Refused(torch.autograd.Function):
         raise RuntimeError(f"{ctx.name}'s kernels have no second derivative; use the reference backend for it")
 
 
-class _Evaluated(torch.autograd.Function):
-    """An operator that is for evaluation only."""
-
-    @staticmethod
-    def forward(ctx: Any, operator: EvaluationOperator, *arguments: Any) -> Tensor:
-        ctx.name = operator.name
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator.op(*arguments)
-
-    @staticmethod
-    def backward(ctx: Any, _gradient: Any) -> None:
-        raise RuntimeError(f"{ctx.name} is for evaluation: it has no gradient")
-
-
-def _define(name: str, schema: str) -> None:
-    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+def define(name: str, schema: str) -> None:
+    """Add an operator, of this name and schema, to torch's."""
+    library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 @cache
-def _launchers(operator: str, backend: str) -> Any:
+def launchers(operator: str, backend: str) -> Any:
     """The module that launches an operator's kernels."""
     if operator not in KERNELS.get(backend, ()):
         raise RuntimeError(f"backend {backend!r} has no {operator} kernels")
     return importlib.import_module(f"mosa_fast.ops.{operator}_{backend}")
 
 
-def _contiguous(value: Any) -> Any:
+def contiguous(value: Any) -> Any:
+    """An argument, in one piece if it is a tensor."""
     return value.contiguous() if isinstance(value, Tensor) else value

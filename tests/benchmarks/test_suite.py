@@ -12,7 +12,7 @@ import torch
 from benchmarks import __main__, cases, contenders, ours, plain, plain_lora, plots, report, results, suite
 from benchmarks.cases import CASES, operator_work
 from benchmarks.contenders import CONTENDERS
-from benchmarks.spec import CLASSES, Spec
+from benchmarks.spec import BANKS, CLASSES, Spec
 from benchmarks.timing import saved_memory
 from benchmarks.workbench import Workbench
 from mosa_fast.methods import METHODS
@@ -24,6 +24,7 @@ MODES = ("all", "forward", "backward")
 ADAPTERS = ("no adapter", "paper", "dense", "ours, reference")
 PAIRS = ("MoSL, reference", "paper, MoSL")
 BACKBONE_TRAINED = ("bias", "partial", "full")
+SERVED = ("no adapter", "bank, adapters", "swapped, adapters", "bank, pairs", "swapped, pairs")
 TIMED = {
     **dict.fromkeys(("operator", "block", "evaluation"), ADAPTERS),
     "lora": ("copy", *PAIRS),
@@ -32,6 +33,7 @@ TIMED = {
         *("ours, reference", "MoSL, reference", "adapter", "lora", "random_mask", "linear"),
         *BACKBONE_TRAINED,
     ),
+    **dict.fromkeys(BANKS, SERVED),
 }
 
 
@@ -49,7 +51,7 @@ def test_every_case_times_what_runs_here(case, precision):
             continue
         assert rows[name]["ms"] > 0, rows[name]["reason"]
         assert rows[name]["low"] <= rows[name]["ms"] <= rows[name]["high"]
-    if not torch.cuda.is_available() and case != "methods":
+    if not torch.cuda.is_available() and case not in ("methods", *BANKS):
         triton = rows["MoSL, triton" if case == "lora" else "ours, triton"]
         assert "no GPU" in triton["reason"]
         assert triton["ms"] is None

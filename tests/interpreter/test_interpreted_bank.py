@@ -81,7 +81,18 @@ def test_opcheck(name):
     values["columns"] = [column for columns in BY_NAME[name].columns or ((0, 96),) for column in columns]
     values["product_dtype"] = torch.float32
     arguments = [values[key] for key in (*AdapterBankCall.TENSORS, *AdapterBankCall.OPTIONS)]
-    torch.library.opcheck(torch.ops.mosa_fast.adapter_bank.default, [*arguments, "triton"])
+    for operator in (torch.ops.mosa_fast.adapter_bank.default, torch.ops.mosa_fast.adapter_bank_.default):
+        torch.library.opcheck(operator, [*arguments, "triton"])
+
+
+@pytest.mark.parametrize("name", ["low_rank_pairs", "adapters", "tokens_that_fill_no_block"])
+def test_the_output_may_take_the_memory_of_skip(name):
+    arguments = make(BY_NAME[name], torch.float32, "cpu")
+    with backend("triton"):
+        expected = adapter_bank(**arguments)
+        out = adapter_bank(**arguments, overwrite_skip=True)
+    assert out is arguments["skip"]
+    assert torch.equal(out, expected)
 
 
 def test_compile_without_graph_breaks():

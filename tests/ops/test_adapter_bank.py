@@ -118,6 +118,27 @@ def test_an_output_of_another_width_cannot_have_x_added():
         adapter_bank(**a | {"add_input": True})
 
 
+@pytest.mark.parametrize("name", ["low_rank_pairs", "adapters", "skip_of_another_dtype", "no_skip"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_output_may_take_the_memory_of_skip(name, dtype):
+    a = make(BY_NAME[name], dtype, "cpu")
+    expected = adapter_bank(**a)
+    out = adapter_bank(**a, overwrite_skip=True)
+    assert torch.equal(out, expected)
+    assert (out is a["skip"]) is (a["skip"] is not None)
+
+
+def test_skip_is_not_overwritten_where_its_memory_does_not_do():
+    a = make(BY_NAME["low_rank_pairs"], torch.float32, "cpu")
+    strided = a | {"skip": a["skip"].transpose(0, 1).contiguous().transpose(0, 1)}
+    narrow = make(BY_NAME["adapters"], torch.float32, "cpu")
+    narrow["skip"] = narrow["skip"].half()
+    for given in (strided, narrow):
+        before = given["skip"].clone()
+        adapter_bank(**given, overwrite_skip=True)
+        assert torch.equal(given["skip"], before)
+
+
 def test_there_is_no_gradient():
     a = make(BY_NAME["adapters"], torch.float32, "cpu")
     a["x"].requires_grad_()
@@ -139,7 +160,8 @@ def test_opcheck(name):
     values["columns"] = [column for columns in BY_NAME[name].columns or ((0, 96),) for column in columns]
     values["product_dtype"] = torch.float32
     arguments = [values[key] for key in (*AdapterBankCall.TENSORS, *AdapterBankCall.OPTIONS)]
-    torch.library.opcheck(torch.ops.mosa_fast.adapter_bank.default, [*arguments, "reference"])
+    for operator in (torch.ops.mosa_fast.adapter_bank.default, torch.ops.mosa_fast.adapter_bank_.default):
+        torch.library.opcheck(operator, [*arguments, "reference"])
 
 
 def test_compiled_code_serves_any_tasks():
@@ -149,6 +171,16 @@ def test_compiled_code_serves_any_tasks():
         a["tasks"] = torch.tensor(tasks, dtype=torch.int32)
         with torch.compiler.set_stance("fail_on_recompile" if tasks != (2, 0, 0, 1) else "default"):
             assert torch.equal(compiled(**a), adapter_bank(**a))
+
+
+def test_compiled_code_may_overwrite_skip():
+    a = make(BY_NAME["low_rank_pairs"], torch.float32, "cpu")
+    linear = torch.nn.Linear(96, 192).requires_grad_(False)
+
+    def projection(x):
+        return adapter_bank(**a | {"x": x, "skip": linear(x)}, overwrite_skip=True)
+
+    torch.testing.assert_close(torch.compile(projection, fullgraph=True)(a["x"]), projection(a["x"]))
 
 
 def test_cuda_has_no_kernel_for_it(monkeypatch):
