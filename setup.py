@@ -11,6 +11,8 @@ HERE = Path(__file__).parent
 # Folders that live at the top of the repository and are installed inside the package: a top-level module called
 # `kernels` or `configs` would shadow other people's.
 MAPPED = {"mosa_fast.kernels": "kernels", "mosa_fast.configs": "configs", "mosa_fast.csrc": "csrc"}
+DATA = ["datasets>=3", "webdataset>=0.2"]  # data.name timm: sets of the Hugging Face Hub, webdataset's shards
+INT8 = ["torchao>=0.14"]  # frozen backbones with weights in int8
 ONNX = ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"]  # mosa_fast.export --format onnx, which compares them
 
 
@@ -63,18 +65,19 @@ setup(
     ],
     extras_require={
         "compare": ["peft>=0.17"],  # LoRA as a contender of the benchmarks
-        "data": ["datasets>=3", "webdataset>=0.2"],  # data.name timm: sets of the Hugging Face Hub, webdataset's shards
-        "int8": ["torchao>=0.14"],  # frozen backbones with weights in int8
+        "data": DATA,
+        "int8": INT8,
         "log": ["tensorboard>=2.17"],  # curves while a run is running; used where it is installed
         "onnx": ONNX,
         "test": [
             "accelerate>=1.2",  # docs/use.md shows it
+            *DATA,
             "hypothesis>=6.100",
+            *INT8,
             *ONNX,
             "pytest>=8",
             "pytest-benchmark>=5",
             "pytest-timeout>=2.3",
-            "torchao>=0.14",
         ],
         "dev": ["build>=1.2", "mypy>=1.15", "ninja>=1.11", "pdoc>=15", "pre-commit>=4", "ruff>=0.14"],
     },

@@ -1,6 +1,6 @@
 """How good are the embedded backbone's features? Linear probes and full fine-tuning on three data sets.
 
-`python -m benchmarks.probe before=mosa_fast/assets/backbone.safetensors after=OTHER.safetensors` compares weights and
+`python -m benchmarks.probe before=OLD.safetensors after=mosa_fast/assets/backbone.safetensors` compares weights and
 writes results/backbone_probe.json, from which it goes on when it is called again: what the file holds of the same
 weights, and of weights of other names, stays. Data, none of which the weights have seen:
 
@@ -16,7 +16,6 @@ chosen on the validation images; full fine-tuning trains everything for a fixed 
 from __future__ import annotations
 
 import argparse
-import gzip
 import hashlib
 import itertools
 import json
@@ -35,6 +34,8 @@ from torch import Tensor
 
 from benchmarks.machine import environment
 from mosa_fast.backbones.embedded import IMAGE_SIZE, create_embedded
+from mosa_fast.data.fashion_mnist import read_idx
+from mosa_fast.data.grey import as_images
 from mosa_fast.data.split import stratified_split
 
 RESULTS = Path(__file__).parent / "results" / "backbone_probe.json"
@@ -56,14 +57,6 @@ class Images(NamedTuple):
     test_labels: Tensor
 
 
-def read_idx(path: Path) -> Tensor:
-    """The array of a gzipped idx file of bytes: 4 bytes of type and rank, the dimensions as 32-bit integers, data."""
-    content = gzip.decompress(path.read_bytes())
-    rank = content[3]
-    shape = np.frombuffer(content, ">i4", rank, offset=4).tolist()
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape).copy())
-
-
 def load_digits() -> Images:
     """The embedded digits, 8 x 8; 80 test images a class."""
     with (files("mosa_fast") / "assets" / "digits.npz").open("rb") as handle, np.load(handle) as arrays:
@@ -83,7 +76,7 @@ def load_fashion(folder: Path) -> Images:
 
     def first(name: str, count: int) -> tuple[Tensor, Tensor]:
         pixels = read_idx(folder / f"{name}-images-idx3-ubyte.gz")[:count]
-        return enlarge(pixels / 255), read_idx(folder / f"{name}-labels-idx1-ubyte.gz")[:count].long()
+        return as_images(pixels / 255, IMAGE_SIZE), read_idx(folder / f"{name}-labels-idx1-ubyte.gz")[:count].long()
 
     return Images(*first("train", 2500), *first("t10k", 2000))
 
@@ -91,14 +84,8 @@ def load_fashion(folder: Path) -> Images:
 def cut(pixels: Tensor, labels: Tensor, test_per_class: int) -> Images:
     """Images of which some are for the test, the same in every run."""
     test, pool = stratified_split(labels.tolist(), test_per_class, seed=0)
-    images, labels = enlarge(pixels), labels.long()
+    images, labels = as_images(pixels, IMAGE_SIZE), labels.long()
     return Images(images[pool], labels[pool], images[test], labels[test])
-
-
-def enlarge(pixels: Tensor) -> Tensor:
-    """[N, h, w] in [0, 1] to the backbone's [N, 3, IMAGE_SIZE, IMAGE_SIZE] in [-1, 1]."""
-    images = F.interpolate(pixels[:, None], size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear")
-    return images.expand(-1, 3, -1, -1) * 2 - 1
 
 
 def load_model(weights: Path) -> VisionTransformer:

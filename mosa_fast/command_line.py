@@ -62,6 +62,9 @@ def make_parser() -> Parser:
         action="store_true",
         help="Go on from the last checkpoint in OUT; start anew where there is none, end at once where the run is done",
     )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="Replace the run that is in OUT, finished or not, which is lost"
+    )
     parser.add_class_arguments(TrainConfig, nested_key=None)
     facts = facts_of(TrainConfig)
     for action in parser._actions:
@@ -70,13 +73,13 @@ def make_parser() -> Parser:
     return parser
 
 
-def parse(arguments: list[str]) -> tuple[TrainConfig, bool]:
-    """The run that a command line describes, and whether to resume it.
+def parse(arguments: list[str]) -> tuple[TrainConfig, dict[str, bool]]:
+    """The run that a command line describes, and whether to "resume" it or to "overwrite" the one that is there.
 
     Where it names neither a recipe nor other data, the recipe is the embedded default's.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: a value is out of range, or two options exclude each other.
         SystemExit: an option does not exist or cannot be parsed.
     """
     parser = make_parser()
@@ -84,9 +87,11 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, bool]:
     if not parsed.config and parsed.data.name == "digits":
         parsed = parser.parse_args(["--config", str(packaged() / DEFAULT_RECIPE), *arguments])
     values = parser.instantiate(parsed).as_dict()
-    resume = values.pop("resume")
+    start = {name: values.pop(name) for name in ("resume", "overwrite")}
+    if all(start.values()):
+        raise ValueError("--resume goes on with the run that is there, --overwrite replaces it: give one of them")
     values.pop("config")
-    return TrainConfig(**values), resume
+    return TrainConfig(**values), start
 
 
 def read_run(folder: RunFolder) -> tuple[TrainConfig, list[str]]:

@@ -21,7 +21,7 @@ else:
     Targets = Literal[tuple("".join(letters) for n in range(1, 5) for letters in combinations("qkvo", n))]
 Routing = Literal["random", "fixed"]
 Activation = Literal["auto", "gelu", "relu", "silu"]
-Family = Literal["digits", "folder", "fgvc", "vtab", "gicd", "timm"]
+Family = Literal["digits", "fashion_mnist", "folder", "fgvc", "vtab", "gicd", "timm"]
 AUGMENTED = ("folder", "fgvc", "gicd", "timm")  # vtab trains on unchanged images, by its definition
 Precision = Literal["fp32", "bf16-mixed", "fp16-mixed", "bf16-true"]
 
@@ -90,15 +90,16 @@ class DataConfig:
     """The images."""
 
     name: Family = "digits"
-    """digits: the embedded 8x8 handwritten digits; folder: ROOT/{train,val,test}/<class>/*.jpg; fgvc: one of the five
-    fine-grained sets, or all; vtab: a task of VTAB-1k; gicd: CIFAR-100, Aircraft or Food-101 through torchvision;
-    timm: any set of torchvision, of the Hugging Face Hub, or in webdataset's shards."""
+    """digits: the embedded 8x8 handwritten digits; fashion_mnist: Fashion-MNIST, a few images a class; folder:
+    ROOT/{train,val,test}/<class>/*.jpg; fgvc: one of the five fine-grained sets, or all; vtab: a task of VTAB-1k; gicd:
+    CIFAR-100, Aircraft or Food-101 through torchvision; timm: any set of torchvision, of the Hugging Face Hub, or in
+    webdataset's shards."""
     task: str | None = option(None, families=("fgvc", "vtab", "gicd", "timm"))
     """Data set of the family. fgvc: cub, nabirds, flowers, dogs, cars, multitask; vtab: its 19 tasks; gicd: cifar100,
     aircraft, food101; timm: torch/NAME, hfds/NAME or wds/."""
     root: str | None = option(None, free=True)
     """Folder of the data set (vtab: of all tasks; hfds: the cache, by default the usual one); digits needs none."""
-    download: bool = option(False, families=("gicd", "timm"), free=True)
+    download: bool = option(False, families=("fashion_mnist", "gicd", "timm"), free=True)
     """Fetch what is missing."""
     mode: Literal["tune", "final"] = option("tune", families=("vtab", "gicd"))
     """tune: validation images choose the epoch; final: they are trained on too, so that there is nothing to choose with
@@ -109,12 +110,12 @@ class DataConfig:
         "imagenet", families=("folder", "fgvc", "vtab", "gicd", "timm")
     )
     """Mean and standard deviation of images from files: ImageNet's, as in the paper, or the backbone's own."""
-    shots: int | None = option(50, low=1, families=("digits",))
-    """Training images per class, at most 74. None: all of them."""
+    shots: int | None = option(50, low=1, families=("digits", "fashion_mnist"))
+    """Training images per class (of digits at most 74). None: all of them."""
     image_size: int | None = option(None, low=1)
     """Side of the square images in pixels. None: what the backbone expects."""
     workers: int = option(2, low=0, free=True)
-    """Processes that load images (none for digits)."""
+    """Processes that load images (none for digits and fashion_mnist)."""
     val_fraction: float = option(0.1, above=0.0, below=1.0, families=("folder", "gicd", "timm"))
     """Part of the training images, cut class by class with the run's seed, where no validation images are given."""
     train_split: str | None = option(None, families=("timm",))

@@ -50,7 +50,8 @@ def evaluate_run(run: FinishedRun, split: str) -> tuple[float, int]:
     if dataset is None:
         raise ValueError(f"{run} has no validation images: it was trained on them too (data.mode final)")
     loader = evaluation_loader(dataset, config.optim.batch_size * BATCH_FACTOR, workers=config.data.workers)
-    return evaluate(model, loader, Ranks(0, 1, run.device), config.precision), len(dataset)
+    found = evaluate(model, loader, Ranks(0, 1, run.device), len(run.classes), config.precision)
+    return found.accuracy, len(dataset)
 
 
 if __name__ == "__main__":

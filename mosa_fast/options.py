@@ -121,6 +121,8 @@ def check_value(name: str, value: object, hint: Any, facts: Facts) -> None:
             check_choice(name, value, choices)
         words = [*(KINDS[kind] for kind in kinds), *([f"one of {_listed(choices)}"] if choices else [])]
         raise ValueError(f"{name} must be {' or '.join(words)}, got {value!r}")
+    if value == "":
+        raise ValueError(f"{name} must not be empty")
     if isinstance(value, Real) and not isinstance(value, bool):
         number = float(value)
         if not isfinite(number):

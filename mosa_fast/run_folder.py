@@ -57,6 +57,15 @@ class RunFolder:
         """Trained weights of the model after so many steps."""
         return self.checkpoints / f"step-{step:09d}.safetensors"
 
+    def pending_weights(self, step: int) -> Path:
+        """The same until the state is there; whatever the process dies of, no weights lose their state by it."""
+        return self.checkpoints / f"step-{step:09d}.safetensors.pending"
+
+    @property
+    def lock(self) -> Path:
+        """Who writes to the folder. Held, written and, at a run's end, removed by run_lock."""
+        return self.path / "lock"
+
     @property
     def adapter(self) -> Path:
         """Adapters and head of the selected epoch. Written at the end; read by training.finished_run, load_adapter."""
@@ -69,8 +78,13 @@ class RunFolder:
 
     @property
     def curves(self) -> Path:
-        """Loss and accuracy over the epochs. Written by training.report; read by people."""
+        """Loss and accuracy over the epochs. Written by training.pictures; read by people."""
         return self.path / "curves.png"
+
+    @property
+    def confusion(self) -> Path:
+        """Which class is taken for which, of the test images. Written by training.pictures; read by people."""
+        return self.path / "confusion.png"
 
     @property
     def summary(self) -> Path:
@@ -87,10 +101,23 @@ class RunFolder:
         """Whether the run in this folder came to its end."""
         return self.summary.is_file()
 
+    @property
+    def holds_a_run(self) -> bool:
+        """Whether there is anything to lose: a finished run, or checkpoints of one."""
+        return self.is_finished or any(self.checkpoints.glob("*"))
+
     def last_checkpoint(self) -> int | None:
         """Steps of the last complete checkpoint, or None."""
-        found = (re.fullmatch(r"step-(\d+)\.pt", path.name) for path in self.checkpoints.glob("*"))
-        return max((int(match[1]) for match in found if match), default=None)
+        return max(self._steps("pt"), default=None)
+
+    def lost_checkpoint(self) -> int | None:
+        """Steps of weights that are later than the last complete checkpoint: somebody lost their state. Or None."""
+        weights, last = max(self._steps("safetensors"), default=-1), self.last_checkpoint()
+        return weights if weights > (-1 if last is None else last) else None
+
+    def _steps(self, suffix: str) -> list[int]:
+        found = (re.fullmatch(rf"step-(\d+)\.{suffix}", path.name) for path in self.checkpoints.glob("*"))
+        return [int(match[1]) for match in found if match]
 
     def start_anew(self) -> None:
         """Forget that a run was here before."""
@@ -98,8 +125,12 @@ class RunFolder:
         self.remove_checkpoints()
 
     def remove_checkpoints(self) -> None:
-        """Remove what only an unfinished run needs."""
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        """Remove what only an unfinished run needs: all of it, or nothing where the process dies."""
+        discarded = self.path / ".checkpoint.discarded"
+        shutil.rmtree(discarded, ignore_errors=True)
+        if self.checkpoints.is_dir():
+            self.checkpoints.replace(discarded)
+            shutil.rmtree(discarded, ignore_errors=True)
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Keep the resolved configuration."""

@@ -3,80 +3,41 @@
 Runs recipes times seeds, each as a `python -m mosa_fast.train` of its own, and prints the table of test accuracies.
 Finished runs are skipped, so an interrupted sweep is started again with the same command.
 
-`--grid optim.lr=1e-3,5e-3`: every point of the grid is first trained once per recipe with the test images unread; the
-best on validation, where several tie the one with the smallest values, is what is then run. Without values, each
-recipe's own `grid` is taken.
+`--grid optim.lr=1e-3,5e-3`: the points of the grid are first trained per recipe with the test images unread; the best
+on validation, where several tie the one with the smallest values, is what is then run. Without values, each recipe's
+own `grid` is taken.
+`--search uphill` trains only the points on the way from the middle of the grid to its summit.
 `--vary data.shots=10,50 optim.epochs=60,12`: every recipe is run with the first value of each option, then with the
 second; given again, with all combinations.
+`--records FILE`: a line of JSON for every finished run, with its commit.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from glob import glob
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar
+from statistics import mean
+from typing import Any
 
 from mosa_fast.config import TrainConfig
 from mosa_fast.files import write_atomically
 from mosa_fast.recipes import find_recipe, load_grid, load_recipe, packaged
 from mosa_fast.run_folder import RunFolder
+from mosa_fast.sweep_runs import Job, Records, Run, Summary, execute
+from mosa_fast.sweep_search import Place, Search, best_of, everywhere, uphill
 from mosa_fast.sweep_table import Options, Results, Row, groups, make_rows, table
 
-SEARCH = ("--test=false", "--data.mode=tune")  # validation images are held out, test images are not read
+HELD_BACK = ("--test=false", "--data.mode=tune")  # in a search validation images are held out, test images not read
 FOLDERS_OF_PARTS = ("base", "backbones", "methods")  # what recipes are made from
-STOPPED = (130, 143, -2, -15)  # exit codes of a run that SIGINT or SIGTERM stopped
+SEARCHES = {"everywhere": everywhere, "uphill": uphill}
 TABLE = "table.md"
 
-Key = TypeVar("Key", bound=Hashable)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training: a recipe with the options that come after it."""
-
-    recipe: Path
-    options: Options
-    folder: RunFolder
-
-    def identity(self) -> dict[str, Any]:
-        """What decides the run's result; kept beside it."""
-        return {"recipe": load_recipe(self.recipe), "options": list(self.options)}
-
-    def summary(self, key: str) -> dict[str, Any] | None:
-        """The finished run's summary, None if it is not finished.
-
-        Raises:
-            ValueError: the folder holds a run with other settings.
-        """
-        kept = _read(self.folder.read_sweep)
-        if kept is not None and kept != self.identity():
-            raise ValueError(f"{self.folder} was made with other settings: choose another --out, or remove it")
-        summary = _read(self.folder.read_summary)
-        return summary if kept is not None and summary is not None and summary.get(key) is not None else None
-
-    def execute(self, key: str) -> dict[str, Any] | None:
-        """Train unless it is done; the summary, or None if the run failed.
-
-        Raises:
-            KeyboardInterrupt: the run was told to stop.
-        """
-        done = self.summary(key)
-        if done is not None:
-            return done
-        self.folder.write_sweep(self.identity())
-        command = [sys.executable, "-m", "mosa_fast.train", "--config", str(self.recipe), *self.options]
-        code = subprocess.run([*command, "--resume", f"--out={self.folder}"]).returncode
-        if code in STOPPED or code < 0:
-            raise KeyboardInterrupt
-        return self.summary(key) if code == 0 else None
+Grid = Mapping[str, Sequence[Any]]  # values by option
 
 
 def find_recipes(patterns: Sequence[str]) -> dict[str, Path]:
@@ -101,16 +62,9 @@ def find_recipes(patterns: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def parse_grid(items: Sequence[str]) -> list[Options]:
-    """Options of every point of the grid, from items like "optim.lr=1e-3,5e-3"; none without items."""
-    axes = [[f"--{key}={value}" for value in values] for key, values in (_axis("--grid", item) for item in items)]
-    return list(product(*axes)) if axes else []
-
-
-def own_grid(recipe: Path) -> list[Options]:
-    """Options of every point of a recipe's own grid; none where it has none."""
-    axes = [[f"--{key}={value}" for value in values] for key, values in load_grid(recipe).items()]
-    return list(product(*axes)) if axes else []
+def parse_grid(items: Sequence[str]) -> Grid:
+    """The grid from items like "optim.lr=1e-3,5e-3"."""
+    return dict(_axis("--grid", item) for item in items)
 
 
 def parse_variants(groups: Sequence[Sequence[str]]) -> dict[str, Options]:
@@ -149,72 +103,102 @@ def parse_seeds(text: str) -> list[int] | int:
 
 
 def sweep(
-    rows: Sequence[Row], seeds: Sequence[int] | int, grid: list[Options] | None, out: Path, processes: int = 1
+    rows: Sequence[Row],
+    seeds: Sequence[int] | int,
+    grid: Grid | None,
+    out: Path,
+    processes: int = 1,
+    *,
+    search: str = "everywhere",
+    search_seeds: Sequence[int] | int | None = None,
+    seed_options: Sequence[str] = ("seed",),
+    records: Path | None = None,
 ) -> Results:
     """Run everything that is missing.
 
     Args:
         rows: of the table.
         seeds: of the runs of each row; a number: so many, from the recipe's own on.
-        grid: points to choose from on validation; empty: nothing is searched; None: each recipe's own.
+        grid: what is chosen from on validation; empty: nothing is searched; None: each recipe's own.
         out: folder of the runs.
         processes: runs at the same time.
+        search: key of SEARCHES.
+        search_seeds: of the runs at each point of the grid, whose mean counts; None: one run with the recipe's own.
+        seed_options: options that get a run's seed.
+        records: file that gets a line for every finished run.
 
     Raises:
         ValueError: a folder holds a run with other settings.
         KeyboardInterrupt: a run was told to stop.
     """
-    points = {row: own_grid(row.recipe) if grid is None else grid for row in rows}
-    searches = {
-        (row, point): Run(
-            row.recipe,
-            (*row.options, *point, *SEARCH),
-            RunFolder(out.joinpath("search", row.name, row.variant, _label(point))),
-        )
-        for row in rows
-        for point in points[row]
-    }
-    found = _execute_all(searches, "val_accuracy", processes)
-    best: dict[Row, Options] = {row: () for row in rows if not points[row]}
-    for row in rows:
-        scores = {point: summary["val_accuracy"] for point in points[row] if (summary := found[row, point])}
-        if scores:
-            best[row] = min(scores, key=lambda point: (-scores[point], [*map(_size, point)]))
-            print(f"{row.title}: {_label(best[row])} is best on validation, {scores[best[row]]:.2f} %", flush=True)
 
-    runs = {}
-    for row, point in best.items():
+    def run(row: Row, point: Options, seed: int | None, *, is_search: bool) -> Run:
+        own = () if seed is None else tuple(f"--{option}={seed}" for option in seed_options)
+        options = (*row.options, *point, *(HELD_BACK if is_search else ()), *own)
+        where = ("search", row.name, row.variant, _label(point)) if is_search else (row.name, row.variant)
+        folder = RunFolder(out.joinpath(*where, *(() if seed is None else (f"seed{seed}",))))
+        labels = {"recipe": row.name, "options": [*row.options, *point], "seed": seed, "search": is_search}
+        return Run(row.recipe, options, folder, "val_accuracy" if is_search else "test_accuracy", labels)
+
+    def choose(row: Row, axes: Grid, first: int) -> Job[Options | None]:
+        """The best point of the grid; None where none could be trained."""
+        values = {option: sorted(map(str, own), key=_size) for option, own in axes.items()}
+
+        def point(place: Place) -> Options:
+            return tuple(f"--{option}={own[i]}" for (option, own), i in zip(values.items(), place, strict=True))
+
+        own_seeds = [None] if search_seeds is None else _spread(search_seeds, first)
+        places: Search = SEARCHES[search]([len(own) for own in values.values()])
+        wanted = next(places)
+        while True:
+            runs = [run(row, point(place), seed, is_search=True) for place in wanted for seed in own_seeds]
+            found = yield runs
+            failed = [str(run.folder) for run, summary in zip(runs, found, strict=True) if summary is None]
+            results.failed += failed
+            scores: dict[Place, float | None] = {}
+            for i, place in enumerate(wanted):
+                summaries = found[i * len(own_seeds) : (i + 1) * len(own_seeds)]
+                accuracies = [summary["val_accuracy"] for summary in summaries if summary is not None]
+                scores[place] = mean(accuracies) if len(accuracies) == len(own_seeds) else None
+            try:
+                wanted = places.send(scores)
+            except StopIteration as end:
+                known: dict[Place, float] = end.value
+                break
+        if not known:
+            return None
+        best = best_of(known)
+        edges = [o for (o, own), i in zip(values.items(), best, strict=True) if len(own) > 1 and i in (0, len(own) - 1)]
+        note = f" (at the edge of the grid: {', '.join(edges)})" if edges else ""
+        print(f"{row.title}: {_label(point(best))} is best on validation, {known[best]:.2f} %{note}", flush=True)
+        return point(best)
+
+    def job(row: Row) -> Job[list[Summary | None]]:
         first = load_recipe(row.recipe).get("seed", TrainConfig().seed)
-        for seed in range(first, first + seeds) if isinstance(seeds, int) else seeds:
-            folder = RunFolder(out.joinpath(row.name, row.variant, f"seed{seed}"))
-            runs[row, seed] = Run(row.recipe, (*row.options, *point, f"--seed={seed}"), folder)
-    summaries = _execute_all(runs, "test_accuracy", processes)
+        axes = load_grid(row.recipe) if grid is None else grid
+        own_seeds = _spread(seeds, first)
+        best: Options | None = ()
+        if axes:
+            best = yield from choose(row, axes, first)
+        if best is None:
+            return [None] * len(own_seeds)
+        runs = [run(row, best, seed, is_search=False) for seed in own_seeds]
+        found = yield runs
+        results.failed += [str(run.folder) for run, summary in zip(runs, found, strict=True) if summary is None]
+        return found
 
     results = Results()
-    for row in rows:
-        own = [summary for (owner, _), summary in summaries.items() if owner == row]
-        # Where no point of its grid could be trained, nothing was.
-        own = own or [None] * (seeds if isinstance(seeds, int) else len(seeds))
-        results.accuracies[row.title] = [None if summary is None else summary["test_accuracy"] for summary in own]
-        for summary in own:
+    for row, summaries in zip(rows, execute([*map(job, rows)], processes, Records(records)), strict=True):
+        results.accuracies[row.title] = [None if summary is None else summary["test_accuracy"] for summary in summaries]
+        for summary in summaries:
             if summary is not None and "trained_weights" in summary:
                 results.trained_weights[row.title] = summary["trained_weights"] + summary["head_weights"]
-    results.failed = [str(searches[key].folder) for key, summary in found.items() if summary is None]
-    results.failed += [str(runs[key].folder) for key, summary in summaries.items() if summary is None]
     return results
 
 
-def _execute_all(runs: Mapping[Key, Run], key: str, processes: int) -> dict[Key, dict[str, Any] | None]:
-    """The runs' summaries, in order; so many at a time."""
-    if processes == 1:
-        return {name: run.execute(key) for name, run in runs.items()}
-    with ThreadPoolExecutor(processes) as pool:  # its threads wait for processes
-        futures = {name: pool.submit(run.execute, key) for name, run in runs.items()}
-        try:
-            return {name: future.result() for name, future in futures.items()}
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+def _spread(seeds: Sequence[int] | int, first: int) -> Sequence[int]:
+    """The seeds themselves, or so many from the first on."""
+    return range(first, first + seeds) if isinstance(seeds, int) else seeds
 
 
 def _axis(flag: str, item: str) -> tuple[str, list[str]]:
@@ -224,23 +208,16 @@ def _axis(flag: str, item: str) -> tuple[str, list[str]]:
     return key, values.split(",")
 
 
-def _size(option: str) -> float:
+def _size(value: str) -> float:
     """Of an option's value, where it is a number."""
     try:
-        return float(option.partition("=")[2])
+        return float(value)
     except ValueError:
         return 0.0
 
 
 def _label(point: Options) -> str:
     return "-".join(option.removeprefix("--").replace("/", "_") for option in point)
-
-
-def _read(read: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-    try:
-        return read()
-    except (OSError, ValueError):
-        return None  # not there, or cut off
 
 
 def main() -> None:
@@ -255,6 +232,9 @@ def main() -> None:
     parser.add_argument(
         "--grid", nargs="*", help="tune on validation first: optim.lr=1e-3,5e-3 ...; without values: the recipes' grids"
     )
+    parser.add_argument("--search", choices=[*SEARCHES], default="everywhere", help="points of the grid (everywhere)")
+    parser.add_argument("--search-seeds", help="as --seeds, for each point of the grid; their mean counts")
+    parser.add_argument("--seed-options", nargs="+", default=["seed"], help="options that get a run's seed (seed)")
     parser.add_argument(
         "--vary",
         nargs="+",
@@ -263,6 +243,7 @@ def main() -> None:
         help="run each recipe with the first value of each option, then with the second: data.shots=10,50 ...",
     )
     parser.add_argument("--processes", type=int, default=1, help="runs at the same time, which divide the cores (1)")
+    parser.add_argument("--records", type=Path, help="append a line of JSON for every finished run to this file")
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"), help="folder of the runs (runs/sweep)")
     arguments, options = parser.parse_known_args()
     try:
@@ -273,7 +254,17 @@ def main() -> None:
             os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # the runs inherit it
         rows = make_rows(find_recipes(arguments.configs), tuple(options), parse_variants(arguments.vary))
         grid = None if arguments.grid == [] else parse_grid(arguments.grid or [])
-        results = sweep(rows, parse_seeds(arguments.seeds), grid, arguments.out, arguments.processes)
+        results = sweep(
+            rows,
+            parse_seeds(arguments.seeds),
+            grid,
+            arguments.out,
+            arguments.processes,
+            search=arguments.search,
+            search_seeds=parse_seeds(arguments.search_seeds) if arguments.search_seeds else None,
+            seed_options=arguments.seed_options,
+            records=arguments.records,
+        )
         text = table(results, groups(rows))
     except ValueError as error:
         parser.error(str(error))

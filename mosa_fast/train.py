@@ -1,4 +1,7 @@
-"""`python -m mosa_fast.train [--config FILE] [--section.key value ...] [--resume]`: train, select, test, report."""
+"""Train, select, test, report.
+
+`python -m mosa_fast.train [--config FILE] [--section.key value ...] [--resume | --overwrite]`
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ def main(arguments: list[str] | None = None) -> None:
     with everything saved.
     """
     with one_line_errors():
-        config, resume = parse(sys.argv[1:] if arguments is None else arguments)
+        config, start = parse(sys.argv[1:] if arguments is None else arguments)
         from mosa_fast.training.loop import train
         from mosa_fast.training.signals import Interrupted
 
         try:
-            train(config, resume=resume)
+            train(config, **start)
         except Interrupted as stopped:
             print(stopped, file=sys.stderr, flush=True)
             leave(128 + stopped.signal)

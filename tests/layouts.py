@@ -1,10 +1,12 @@
 """Tiny data sets in the layouts that the families read, as real image files."""
 
+import gzip
 import hashlib
 import json
 import pickle
 
 import numpy as np
+import torch
 from PIL import Image
 
 SIZE = (40, 30)
@@ -101,3 +103,17 @@ def write_cifar(root, monkeypatch):
     monkeypatch.setattr(CIFAR100, "test_list", [["test", digests["test"]]])
     monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": digests["meta"]})
     return root
+
+
+def write_fashion_mnist(root):
+    """The four gzipped idx files, with 12 training and 2 test images of each class; the pixels by the files' names."""
+    root.mkdir(parents=True, exist_ok=True)
+    written = {}
+    for seed, (name, count) in enumerate((("train", 120), ("t10k", 20))):
+        pixels = np.random.default_rng(seed).integers(0, 255, (count, 28, 28), dtype=np.uint8)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        for kind, array in (("images-idx3", pixels), ("labels-idx1", labels)):
+            header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+            (root / f"{name}-{kind}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
+        written[name] = torch.from_numpy(pixels)
+    return written

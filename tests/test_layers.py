@@ -17,7 +17,7 @@ FOLDERS = {
 # From the bottom up. A name stands for a module, or for a package with all that is in it; the longest that fits counts.
 LAYERS = (
     # words and files of a run: no torch, no model
-    "options methods config files recipes run_folder command_line answers configs assets version",
+    "options methods config files recipes run_folder run_lock command_line answers configs assets version",
     "kernels csrc",
     "ops",  # operators, which launch them
     "partition routing",
@@ -26,7 +26,9 @@ LAYERS = (
     "adapters",  # layers into timm models
     "mosa_fast",  # the package's own __init__: what users import
     "training formats",
-    "train evaluate predict export sweep sweep_table info __main__ assets.pretrain assets.drawings",  # command lines
+    # command lines
+    "train evaluate predict export sweep sweep_runs sweep_search sweep_table info __main__",
+    "assets.pretrain assets.drawings",
 )
 
 

@@ -59,11 +59,11 @@ def test_one_bad_file_is_named_and_the_others_are_answered(shots, digits_run, co
     open("shots/bad.png", "w").close()
     os.mkfifo("shots/pipe.jpg")
     os.symlink("circle.png", "shots/circle.png")
-    odd = ["shots/pipe.jpg", "shots/circle.png", "none.png"]
-    code, out, errors = command(main, "--run", digits_run, "--batch_size", 3, *odd, "shots")
+    named = ["shots/bad.png", "shots/circle.png", "shots/pipe.jpg", "none.png"]
+    code, out, errors = command(main, "--run", digits_run, "--batch_size", 3, "shots", "none.png")
     assert code == 1
     assert [line.split()[0] for line in out.splitlines()] == shots
-    assert [line.split(" cannot be read (")[0] for line in errors.splitlines()] == [*odd, "shots/bad.png"]
+    assert [line.split(" cannot be read (")[0] for line in errors.splitlines()] == named
 
 
 def test_batches_and_workers_change_no_answer(shots, digits_run, command):

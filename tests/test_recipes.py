@@ -1,5 +1,6 @@
 """Every recipe is parsed, and built as far as it goes without its data: model on the meta device."""
 
+import itertools
 import re
 from dataclasses import replace
 from functools import cache
@@ -22,8 +23,7 @@ from mosa_fast.train import parse
 from mosa_fast.training.model import build_model, count_trained
 
 ROOT = packaged()
-PARTS = FOLDERS_OF_PARTS
-RECIPES = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.yaml") if p.parent.name not in PARTS)
+RECIPES = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.yaml") if p.parent.name not in FOLDERS_OF_PARTS)
 BACKBONES = sorted(p.stem for p in (ROOT / "backbones").glob("*.yaml"))
 CLASSES = {**{task: fgvc.classes for task, fgvc in SETS.items()}, "multitask": MULTITASK_CLASSES, **VTAB, **GICD}
 
@@ -46,10 +46,11 @@ def test_there_is_a_recipe_for_every_data_set_of_the_paper():
         f"{kind}/{task}" for kind in ("linear", "full", "swin") for task in SETS
     }
     expected |= {f"digits/{method}" for method in METHODS} | {"digits"}
-    assert {name.removesuffix(".yaml") for name in RECIPES} == expected
+    names = {name.removesuffix(".yaml") for name in RECIPES}
+    assert {name for name in names if not name.startswith("evidence/")} == expected
 
 
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if not name.startswith("digits")])
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if not name.startswith(("digits", "evidence"))])
 def test_every_recipe_parses_and_says_what_data_it_wants(recipe):
     config = config_of(str(ROOT / recipe))
     assert config.data.name == {"vtab": "vtab", "gicd": "gicd"}.get(recipe.split("/")[0], "fgvc")
@@ -71,6 +72,17 @@ def test_methods_on_the_embedded_digits_differ_in_the_method_alone(method):
     config, default = config_of(f"digits/{method}"), config_of("digits")
     assert config == replace(default, method=method, out=f"runs/digits/{method}")
     assert list(load_grid(f"digits/{method}")) == ["optim.lr"]
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name.startswith("evidence")])
+def test_methods_of_the_evidence_differ_in_what_is_trained_and_in_views_alone(recipe):
+    config, first = config_of(str(ROOT / recipe)), config_of("evidence/dense")
+    adapter = replace(first.adapter, **{n: getattr(config.adapter, n) for n in ("method", "experts", "share")})
+    same = {"method": config.method, "adapter": adapter, "loss": replace(first.loss, views=config.loss.views)}
+    assert config == replace(first, **same, out=f"runs/{recipe.removesuffix('.yaml')}")
+    grid = load_grid(ROOT / recipe)
+    assert list(grid) == ["optim.lr", "adapter.scale"][: 1 + METHODS[config.method].has_adapters]
+    assert all(b == 2 * a for values in grid.values() for a, b in itertools.pairwise(values))
 
 
 # docs/data.md, Training recipes: lr, bottleneck, experts, share, deep_reg, batch
@@ -237,4 +249,4 @@ def test_every_recipe_is_in_the_table():
     table = (ROOT / "README.md").read_text()
     for name in RECIPES:
         assert f"]({name}) | `python -m mosa_fast.train" in table, name
-        assert name.startswith("digits") or f"--config configs/{name} --data.root PATH" in table, name
+        assert name.startswith(("digits", "evidence")) or f"--config configs/{name} --data.root PATH" in table, name

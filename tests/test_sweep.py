@@ -7,13 +7,20 @@ from pathlib import Path
 import pytest
 
 from mosa_fast import sweep as module
+from mosa_fast import sweep_runs
 from mosa_fast.data import digits
 from mosa_fast.run_folder import RunFolder
-from mosa_fast.sweep import Run, find_recipes, main, parse_grid, parse_seeds, parse_variants, sweep
+from mosa_fast.sweep import find_recipes, main, parse_grid, parse_seeds, parse_variants, sweep
+from mosa_fast.sweep_runs import Run
 from mosa_fast.sweep_table import Results, groups, make_rows, table
 from mosa_fast.train import main as train_main
 
 FAST = ["--data.shots=1", "--optim.epochs=1", "--optim.batch_size=10"]
+
+
+@pytest.fixture(autouse=True)
+def _no_git(monkeypatch):
+    monkeypatch.setattr(sweep_runs, "commit", lambda: "abc")
 
 
 @pytest.fixture
@@ -22,6 +29,7 @@ def trainings(monkeypatch):
     calls = []
 
     def train(command):
+        assert command[1:3] == ["-m", "mosa_fast.train"]
         options = dict(word.removeprefix("--").split("=", 1) for word in command[5:] if "=" in word)
         calls.append(options)
         lr, seed = float(options.get("optim.lr", 1e-3)), int(options.get("seed", 0))
@@ -35,7 +43,7 @@ def trainings(monkeypatch):
         (out / "summary.json").write_text(json.dumps(summary))
         return type("Done", (), {"returncode": 0})
 
-    monkeypatch.setattr(module.subprocess, "run", train)
+    monkeypatch.setattr(sweep_runs.subprocess, "run", train)
     return calls
 
 
@@ -49,7 +57,7 @@ def test_a_sweep_of_real_runs(tmp_path, monkeypatch, command):
             train_main()
         return type("Done", (), {"returncode": 0})
 
-    monkeypatch.setattr(module.subprocess, "run", train_here)
+    monkeypatch.setattr(sweep_runs.subprocess, "run", train_here)
     monkeypatch.setattr(digits, "TEST_PER_CLASS", 5)
     monkeypatch.setattr(digits, "VAL_PER_CLASS", 5)
     arguments = ["--configs", "digits", "--out", tmp_path, "--seeds", 2, "--grid", "optim.lr=1e-9,5e-3", *FAST]
@@ -69,33 +77,45 @@ def test_a_sweep_of_real_runs(tmp_path, monkeypatch, command):
 
 def test_what_is_done_is_skipped_and_what_was_cut_off_is_run_again(tmp_path, trainings):
     rows = make_rows(find_recipes(["digits"]))
-    first = sweep(rows, 3, [], tmp_path)
+    first = sweep(rows, 3, {}, tmp_path)
     assert first.accuracies == {"configs/digits": [87.0, 88.0, 89.0]}
     assert first.failed == []
     assert len(trainings) == 3
     (tmp_path / "configs" / "digits" / "seed3408" / "summary.json").write_text('{"val_')
     (tmp_path / "configs" / "digits" / "seed3409" / "summary.json").write_text('{"val_accuracy": 1.0}')
-    assert sweep(rows, 3, [], tmp_path) == first
+    assert sweep(rows, 3, {}, tmp_path) == first
     assert [call["seed"] for call in trainings[3:]] == ["3408", "3409"]
 
 
 def test_results_of_other_settings_are_not_taken_for_these(tmp_path, trainings):
     recipes = find_recipes(["digits"])
-    sweep(make_rows(recipes), 1, [], tmp_path)
+    sweep(make_rows(recipes), 1, {}, tmp_path)
     with pytest.raises(ValueError, match="seed3407 was made with other settings: choose another --out"):
-        sweep(make_rows(recipes, ("--optim.epochs=2",)), 1, [], tmp_path)
+        sweep(make_rows(recipes, ("--optim.epochs=2",)), 1, {}, tmp_path)
     recipe = tmp_path / "own.yaml"
     recipe.write_text("seed: 5\n")
-    run = Run(recipe, (), RunFolder(tmp_path / "run"))
-    run.execute("test_accuracy")
+    run = Run(recipe, (), RunFolder(tmp_path / "run"), "test_accuracy")
+    run.execute()
     recipe.write_text("seed: 6\n")
     with pytest.raises(ValueError, match="other settings"):
-        run.summary("test_accuracy")
+        run.summary()
+
+
+def test_a_sweep_goes_on_after_its_typo_was_mended(tmp_path, trainings):
+    recipes = find_recipes(["digits"])
+    assert sweep(make_rows(recipes, ("--optim.lr=5",)), 1, [], tmp_path).failed != []
+    assert sweep(make_rows(recipes, ("--optim.lr=5e-3",)), 1, [], tmp_path).failed == []
+    folder = RunFolder(tmp_path / "configs" / "digits" / "seed3407")
+    folder.summary.unlink()
+    folder.checkpoint(3).parent.mkdir()
+    folder.checkpoint(3).touch()  # what a run has begun is not thrown away either
+    with pytest.raises(ValueError, match="other settings"):
+        sweep(make_rows(recipes, ("--optim.lr=4e-3",)), 1, [], tmp_path)
 
 
 def test_the_grid_is_searched_on_validation_only(tmp_path, trainings):
     grid = parse_grid(["optim.lr=1e-3,5e-3,1e-2", "loss.reg_weight=1,2"])
-    assert len(grid) == 6
+    assert grid == {"optim.lr": ["1e-3", "5e-3", "1e-2"], "loss.reg_weight": ["1", "2"]}
     sweep(make_rows(find_recipes(["vtab/kitti"]), ("--data.root=here",)), 1, grid, tmp_path)
     search, final = trainings[:-1], trainings[-1]
     assert len(search) == 6
@@ -103,7 +123,7 @@ def test_the_grid_is_searched_on_validation_only(tmp_path, trainings):
     assert "test" not in final
     assert "data.mode" not in final  # the recipe's own: final
     assert (final["optim.lr"], final["loss.reg_weight"], final["data.root"]) == ("5e-3", "1", "here")
-    assert parse_grid([]) == []
+    assert parse_grid([]) == {}
     for item in ("optim.lr", "=1", "optim.lr=1,,2"):
         with pytest.raises(ValueError, match="--grid must look like"):
             parse_grid([item])
@@ -119,8 +139,9 @@ def test_without_values_every_recipe_is_searched_on_its_own_grid(tmp_path, train
     arguments = ["--configs", "digits/linear", "digits/full", "--out", tmp_path, "--grid"]
     assert command(main, *arguments)[0] == 0
     assert [call["optim.lr"] for call in trainings[:3]] == ["0.003", "0.01", "0.03"]
-    assert [call["optim.lr"] for call in trainings[3:6]] == ["0.0001", "0.0003", "0.001"]
-    assert [call["optim.lr"] for call in trainings[6:]] == ["0.003", "0.001"]  # the best of each
+    assert [call["optim.lr"] for call in trainings[4:7]] == ["0.0001", "0.0003", "0.001"]
+    assert [trainings[i]["optim.lr"] for i in (3, 7)] == ["0.003", "0.001"]  # the best of each, after its search
+    assert len(trainings) == 8
     recipe = tmp_path / "own.yaml"
     recipe.write_text("grid: {optim.lr: 3}\n")
     code, _, error = command(main, "--configs", recipe, "--out", tmp_path / "b", "--grid")
@@ -150,6 +171,86 @@ def test_several_values_of_options_go_together_in_one_table(tmp_path, trainings,
             parse_variants([items])
 
 
+def test_a_search_may_be_the_mean_over_seeds_which_the_adapters_get_too(tmp_path, trainings):
+    rows = make_rows(find_recipes(["digits"]))
+    seeds = {"search_seeds": [7, 8], "seed_options": ["seed", "adapter.seed"]}
+    sweep(rows, [1], parse_grid(["optim.lr=1e-3,5e-3"]), tmp_path, **seeds)
+    assert [(call["optim.lr"], call["seed"]) for call in trainings] == [
+        ("1e-3", "7"),
+        ("1e-3", "8"),
+        ("5e-3", "7"),
+        ("5e-3", "8"),
+        ("5e-3", "1"),
+    ]
+    assert all(call["adapter.seed"] == call["seed"] for call in trainings)
+
+
+def test_a_point_that_failed_with_one_seed_is_not_chosen(tmp_path, trainings, monkeypatch):
+    train = sweep_runs.subprocess.run
+
+    def fails_once(words):
+        if "--optim.lr=5e-3" in words and "--seed=8" in words:
+            return type("Done", (), {"returncode": 2})
+        return train(words)
+
+    monkeypatch.setattr(sweep_runs.subprocess, "run", fails_once)
+    grid = parse_grid(["optim.lr=1e-3,5e-3"])
+    results = sweep(make_rows(find_recipes(["digits"])), [1], grid, tmp_path, search_seeds=[7, 8])
+    assert trainings[-1]["optim.lr"] == "1e-3"
+    assert results.failed == [str(tmp_path / "search" / "configs" / "digits" / "optim.lr=5e-3" / "seed8")]
+
+
+def test_uphill_trains_only_what_lies_on_the_way_to_the_summit(tmp_path, trainings, command):
+    grid = ["--grid", "optim.lr=1e-3,2e-3,3e-3,4e-3,5e-3,6e-3,7e-3", "loss.reg_weight=1,2,3"]
+    code, out, _ = command(main, "--configs", "digits", "--out", tmp_path, "--search", "uphill", *grid)
+    assert code == 0
+    searched = [(call["optim.lr"], call["loss.reg_weight"]) for call in trainings[:-1]]
+    assert searched[:5] == [("4e-3", "2"), ("3e-3", "2"), ("5e-3", "2"), ("4e-3", "1"), ("4e-3", "3")]
+    # Around the better neighbour; then, since all weights tie and the smallest counts, around that.
+    assert searched[5:] == [("6e-3", "2"), ("5e-3", "1"), ("5e-3", "3"), ("6e-3", "1")]
+    assert (trainings[-1]["optim.lr"], trainings[-1]["loss.reg_weight"]) == ("5e-3", "1")
+    assert "is best on validation, 90.00 % (at the edge of the grid: loss.reg_weight)" in out
+
+
+def test_an_idle_process_takes_a_run_of_the_next_row(tmp_path, trainings, monkeypatch, command):
+    both, train = threading.Barrier(2, timeout=20), sweep_runs.subprocess.run
+
+    def wait_for_another(words):
+        both.wait()  # broken, unless two are there at once
+        return train(words)
+
+    monkeypatch.setattr(sweep_runs.subprocess, "run", wait_for_another)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    code, _, _ = command(main, "--configs", "digits/linear", "digits/full", "--out", tmp_path, "--processes", 2)
+    assert code == 0
+
+
+def test_every_finished_run_is_one_line_of_the_records(tmp_path, trainings, command):
+    records = tmp_path / "records.jsonl"
+    arguments = ["--configs", "digits", "--out", tmp_path / "a", "--grid", "optim.lr=1e-3,5", "--records", records]
+    for _ in range(2):  # what is done is not written again
+        command(main, *arguments, "--seeds", "1,2", "--data.shots=9")
+    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    own = {"recipe": "configs/digits", "options": ["--data.shots=9", "--optim.lr=1e-3"], "commit": "abc"}
+    assert lines == [
+        own | {"seed": None, "search": True, "val_accuracy": 86.0},
+        own | {"seed": 1, "search": False, "val_accuracy": 86.0, "test_accuracy": 81.0},
+        own | {"seed": 2, "search": False, "val_accuracy": 86.0, "test_accuracy": 82.0},
+    ]
+    records.write_text("".join(json.dumps(line) + "\n" for line in lines[:2]))
+    command(main, *arguments, "--seeds", "1,2", "--data.shots=9")
+    assert [json.loads(line) for line in records.read_text().splitlines()] == lines  # one that was lost is back
+
+
+def test_a_record_has_the_commit_that_its_run_was_made_by(tmp_path, trainings, monkeypatch):
+    rows = make_rows(find_recipes(["digits"]))
+    sweep(rows, [1], {}, tmp_path)
+    monkeypatch.setattr(sweep_runs, "commit", lambda: "def")
+    sweep(rows, [1, 2], {}, tmp_path, records=tmp_path / "records.jsonl")
+    lines = (tmp_path / "records.jsonl").read_text().splitlines()
+    assert [json.loads(line)["commit"] for line in lines] == ["abc", "def"]
+
+
 def test_seeds_are_a_number_or_a_list():
     assert (parse_seeds("3"), parse_seeds("3,1"), parse_seeds("7,")) == (3, [3, 1], [7])
     with pytest.raises(ValueError, match="--seeds must be a number of seeds, or seeds as in 1,2,3; got 'x'"):
@@ -157,13 +258,13 @@ def test_seeds_are_a_number_or_a_list():
 
 
 def test_processes_run_side_by_side_and_divide_the_cores(tmp_path, trainings, monkeypatch, command):
-    both, train = threading.Barrier(2, timeout=20), module.subprocess.run
+    both, train = threading.Barrier(2, timeout=20), sweep_runs.subprocess.run
 
     def wait_for_another(words):
         both.wait()  # broken, unless two are there at once
         return train(words)
 
-    monkeypatch.setattr(module.subprocess, "run", wait_for_another)
+    monkeypatch.setattr(sweep_runs.subprocess, "run", wait_for_another)
     monkeypatch.setattr(module.os, "cpu_count", lambda: 6)
     monkeypatch.setenv("OMP_NUM_THREADS", "9")  # so that it is restored, whatever it was
     monkeypatch.delenv("OMP_NUM_THREADS")
@@ -180,7 +281,7 @@ def test_an_interruption_of_one_process_starts_no_other(tmp_path, trainings, mon
         started.append(words)
         return type("Done", (), {"returncode": 130})
 
-    monkeypatch.setattr(module.subprocess, "run", stopped)
+    monkeypatch.setattr(sweep_runs.subprocess, "run", stopped)
     code, _, _ = command(main, "--configs", "digits", "--out", tmp_path, "--seeds", 50, "--processes", 2)
     assert code == 130
     assert len(started) < 50
@@ -196,7 +297,7 @@ def test_failed_runs_are_listed_and_the_rest_goes_on(tmp_path, trainings, comman
 
 
 def test_an_interruption_stops_and_says_how_to_go_on(tmp_path, monkeypatch, command):
-    monkeypatch.setattr(module.subprocess, "run", lambda command: type("Done", (), {"returncode": 130}))
+    monkeypatch.setattr(sweep_runs.subprocess, "run", lambda command: type("Done", (), {"returncode": 130}))
     code, _, error = command(main, "--configs", "digits", "--out", tmp_path)
     assert code == 130
     assert "the same command goes on from here" in error

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,7 +35,19 @@ def test_without_arguments_it_trains_on_the_embedded_default(tmp_path):
     assert done.returncode == 0, done.stderr
     for line in ("validation accuracy", "test accuracy", "trained weights", "time"):
         assert line in done.stdout
-    for name in ("adapter.safetensors", "metrics.jsonl", "summary.json", "curves.png"):
+    # What it was about to do.
+    for line in (
+        r"train +10 images of 10 classes\n",
+        r"val +200 images of 10 classes\n",
+        r"test +800 images of 10 classes\n",
+        r"backbone +embedded, pretrained, 32 pixels\n",
+        r"trained weights +40,416 \+ head 1,930; frozen \d[\d,]+\n",
+        r"steps +1: 1 epochs of 1, 10 images each\n",
+        r"device +\w+\n",
+        r"precision +fp32\n",
+    ):
+        assert re.search(line, done.stdout.split("validation accuracy")[0]), line
+    for name in ("adapter.safetensors", "metrics.jsonl", "summary.json", "curves.png", "confusion.png"):
         assert (tmp_path / "here" / name).is_file()
         assert f"here/{name}" in done.stdout
     # Without a terminal: lines with what a bar would show.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mosa_fast.config import DataConfig
 from mosa_fast.data.preprocessing import IMAGENET, Preprocessing, Statistics, cropped, squashed
@@ -12,6 +13,37 @@ from mosa_fast.options import check_choice, check_fields, facts_of
 if TYPE_CHECKING:  # the command lines in this package are to start without torch
     from mosa_fast.data.parts import Splits
     from mosa_fast.data.transforms import Transforms
+
+INK = Statistics((0.5,) * 3, (0.5,) * 3)  # light ink on a dark ground, in [-1, 1]
+
+
+class Family(NamedTuple):
+    """A family of data sets. Its module of the same name has `load_<name>(config, wanted)`.
+
+    Attributes:
+        root: what data.root is; None: the family needs none.
+        squash: both sides of an image are resized, and nothing about training is random, as in VTAB-1k.
+        statistics: the family's own, whatever the backbone wants; None: those that are asked for.
+    """
+
+    root: str | None
+    squash: bool = False
+    statistics: Statistics | None = None
+
+
+FAMILIES = {
+    "digits": Family(None, squash=True, statistics=INK),
+    "fashion_mnist": Family(
+        "the folder of the four idx files, or the one that torchvision downloads them to", squash=True, statistics=INK
+    ),
+    "folder": Family("the folder that holds train, val and test"),
+    "fgvc": Family(
+        "the folder that holds train.json, val.json, test.json and the images (multitask: the folders FGVC-<set>)"
+    ),
+    "vtab": Family("the folder that holds one folder for each task", squash=True),
+    "gicd": Family("the folder that torchvision keeps the data set in, or downloads it to with --data.download true"),
+    "timm": Family(None),  # it depends on the task
+}
 
 
 def load_data(
@@ -23,7 +55,7 @@ def load_data(
         config: the data section of a run.
         image_size: side of the images in pixels.
         seed: of every random split.
-        statistics: mean and standard deviation that images are normalised with (digits bring their own).
+        statistics: mean and standard deviation that images of files are normalised with.
         strict: refuse missing images and labels out of range; the data check wants to see all of them instead.
 
     Raises:
@@ -31,42 +63,17 @@ def load_data(
     """
     check_fields(config, "data.")
     _check_family(config)
-    if config.name == "digits":
-        from mosa_fast.data.digits import load_digits
+    from mosa_fast.data.parts import Wanted
 
-        return load_digits(config.shots, image_size, seed)
-    transforms = make_transforms(config, image_size, statistics)
-    if config.name == "timm":
-        from mosa_fast.data.timm_sets import load_timm
-
-        return load_timm(config, transforms, _root(config), seed)
-    root = _root(config)
-    if root is None:
-        raise ValueError(f"data.root is needed: {_WHERE[config.name]}")
-    if config.name == "vtab":
-        from mosa_fast.data.vtab import load_vtab
-
-        return load_vtab(config, transforms, root, strict=strict)
-    if config.name == "fgvc":
-        from mosa_fast.data.fgvc import load_fgvc
-
-        return load_fgvc(config, transforms, root, strict=strict)
-    if config.name == "gicd":
-        from mosa_fast.data.gicd import load_gicd
-
-        return load_gicd(config, transforms, root, seed, strict=strict)
-    from mosa_fast.data.folder import load_folder
-
-    return load_folder(root, transforms, config.val_fraction, seed)
+    root = _root(config) if FAMILIES[config.name].root else Path()
+    wanted = Wanted(root, image_size, make_transforms(config, image_size, statistics), seed, strict)
+    return getattr(_module(config.name), f"load_{config.name}")(config, wanted)
 
 
 def preprocessing_of(config: DataConfig, image_size: int, statistics: Statistics = IMAGENET) -> Preprocessing:
     """What evaluation does to the images of a data set; the arguments are those of `load_data`."""
-    if config.name == "digits":
-        from mosa_fast.data.digits import STATISTICS
-
-        return squashed(image_size, STATISTICS)
-    return (squashed if config.name == "vtab" else cropped)(image_size, statistics)
+    family = FAMILIES[config.name]
+    return (squashed if family.squash else cropped)(image_size, family.statistics or statistics)
 
 
 def make_transforms(config: DataConfig, image_size: int, statistics: Statistics = IMAGENET) -> Transforms:
@@ -77,14 +84,6 @@ def make_transforms(config: DataConfig, image_size: int, statistics: Statistics 
     return Transforms(train_transform(preprocessing, config), evaluation_transform(preprocessing))
 
 
-_WHERE = {
-    "folder": "the folder that holds train, val and test",
-    "fgvc": "the folder that holds train.json, val.json, test.json and the images (multitask: the folders FGVC-<set>)",
-    "vtab": "the folder that holds one folder for each task",
-    "gicd": "the folder that torchvision keeps the data set in, or downloads it to with --data.download true",
-}
-
-
 def class_count(config: DataConfig) -> int:
     """Number of classes of the data set that a configuration names, as published; of a folder, those that it holds.
 
@@ -92,39 +91,33 @@ def class_count(config: DataConfig) -> int:
         ValueError: there is no such data set.
     """
     _check_family(config)
-    if config.name == "digits":
-        return 10
-    if config.name == "timm":
-        from mosa_fast.data.timm_sets import count_classes
-
-        return count_classes(config, _root(config))
+    count = getattr(_module(config.name), "count_classes", None)
+    if count is not None:
+        return count(config)
     if config.task is not None:
         return tasks(config.name)[config.task]
-    root = _root(config)
-    if root is None or not (root / "train").is_dir():
-        raise ValueError(f"data.root is needed: {_WHERE[config.name]}")
-    return sum(entry.is_dir() for entry in (root / "train").iterdir())
+    published = getattr(_module(config.name), "CLASSES", None)
+    if published is not None:
+        return published
+    train = _root(config) / "train"
+    if not train.is_dir():
+        raise ValueError(f"data.root is needed: {FAMILIES[config.name].root}")
+    return sum(entry.is_dir() for entry in train.iterdir())
 
 
 def tasks(family: str) -> dict[str, int]:
     """The data sets of a family, as `data.task` names them, with their numbers of classes; none where it is one."""
-    if family == "fgvc":
-        from mosa_fast.data.fgvc import MULTITASK_CLASSES, SETS
-
-        return {name: known.classes for name, known in SETS.items()} | {"multitask": MULTITASK_CLASSES}
-    if family == "vtab":
-        from mosa_fast.data.vtab import TASKS
-
-        return TASKS
-    if family == "gicd":
-        from mosa_fast.data.gicd import TASKS
-
-        return TASKS
-    return {}
+    return getattr(_module(family), "TASKS", {})
 
 
-def _root(config: DataConfig) -> Path | None:
-    return None if config.root is None else Path(config.root).expanduser()
+def _module(family: str) -> Any:
+    return import_module(f"mosa_fast.data.{family}")  # when it is wanted: torchvision takes a while
+
+
+def _root(config: DataConfig) -> Path:
+    if config.root is None:
+        raise ValueError(f"data.root is needed: {FAMILIES[config.name].root}")
+    return Path(config.root).expanduser()
 
 
 def _check_family(config: DataConfig) -> None:

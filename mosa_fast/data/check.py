@@ -19,11 +19,11 @@ from itertools import combinations
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from PIL.Image import Image
-
 from mosa_fast.data.image_file import read_bytes, read_image
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from mosa_fast.data.parts import Splits
 
 SHOWN = 10  # of each kind of problem

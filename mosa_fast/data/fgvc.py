@@ -17,7 +17,7 @@ from mosa_fast.data.annotations import (
     read_text,
 )
 from mosa_fast.data.images import ImageFiles
-from mosa_fast.data.parts import PARTS, Splits
+from mosa_fast.data.parts import PARTS, Splits, Wanted
 from mosa_fast.data.transforms import Transforms
 
 FIX = "data.root must hold train.json, val.json and test.json; `python -m mosa_fast.data.split` makes them"
@@ -43,34 +43,35 @@ MULTITASK = ("cars", "cub", "dogs", "flowers", "nabirds")  # in the order of the
 OFFSETS = dict(zip(MULTITASK, accumulate([0, *(SETS[task].classes for task in MULTITASK[:-1])]), strict=True))
 MULTITASK_CLASSES = sum(SETS[task].classes for task in MULTITASK)
 
+TASKS = {task: known.classes for task, known in SETS.items()} | {"multitask": MULTITASK_CLASSES}
+
 Parts = dict[str, list[tuple[str, int]]]  # (path, label) by part
 
 
-def load_fgvc(config: DataConfig, transforms: Transforms, root: Path, *, strict: bool = True) -> Splits:
+def load_fgvc(config: DataConfig, wanted: Wanted) -> Splits:
     """One set, or with the task "multitask" the five of `root/FGVC-<task>` with their labels one after another.
 
     Args:
         config: the data section; `task` names the set, `fraction` picks the low-resource training file.
-        transforms: of training and evaluation.
-        root: folder of the set.
-        strict: refuse missing images.
+        wanted: its root is the folder of the set.
 
     Raises:
         ValueError: a split file is missing or is not what it should be, or an image that it lists is missing.
     """
     if config.task != "multitask":
         assert config.task is not None
-        parts, names = read_set(root, SETS[config.task], config.fraction, strict=strict)
-        return _splits(parts, names, transforms)
+        parts, names = read_set(wanted.root, SETS[config.task], config.fraction, strict=wanted.strict)
+        return _splits(parts, names, wanted.transforms)
     names = [f"{task}/{label}" for task in MULTITASK for label in range(SETS[task].classes)]
     parts = {part: [] for part in PARTS}
     for task in MULTITASK:
-        own_parts, own_names = read_set(root / f"FGVC-{task}", SETS[task], config.fraction, strict=strict)
+        root = wanted.root / f"FGVC-{task}"
+        own_parts, own_names = read_set(root, SETS[task], config.fraction, strict=wanted.strict)
         for label, name in enumerate(own_names):
             names[OFFSETS[task] + label] = f"{task}/{name}"
         for part in PARTS:
             parts[part] += [(path, OFFSETS[task] + label) for path, label in own_parts[part]]
-    return _splits(parts, names, transforms)
+    return _splits(parts, names, wanted.transforms)
 
 
 def read_set(root: Path, fgvc_set: FGVCSet, fraction: float | None, *, strict: bool) -> tuple[Parts, list[str]]:

@@ -6,26 +6,28 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+from mosa_fast.config import DataConfig
 from mosa_fast.data.image_file import SUFFIXES, find_files, is_image_name
 from mosa_fast.data.images import ImageFiles
-from mosa_fast.data.parts import Splits
+from mosa_fast.data.parts import Splits, Wanted
 from mosa_fast.data.stratify import stratified_split
-from mosa_fast.data.transforms import Transforms
 
 
-def load_folder(root: Path, transforms: Transforms, val_fraction: float, seed: int) -> Splits:
-    """Read the three folders; a missing val is cut from train, class by class.
+def load_folder(config: DataConfig, wanted: Wanted) -> Splits:
+    """Read the three folders of the root; a missing val is cut from train, class by class.
 
     Raises:
         ValueError: a folder is missing or empty, or the classes of the parts differ.
     """
+    root, transforms = wanted.root, wanted.transforms
     train, test = _read(root / "train"), _read(root / "test")
     if (root / "val").is_dir():
         val = _read(root / "val")
         _check_classes("val", val, train)
         kept, held_out = train.samples, val.samples
     else:
-        first, second = stratified_split([label for _, label in train.samples], val_fraction, seed)
+        labels = [label for _, label in train.samples]
+        first, second = stratified_split(labels, config.val_fraction, wanted.seed)
         held_out, kept = ([train.samples[index] for index in indices] for indices in (first, second))
         if not held_out:
             raise ValueError(f"{root / 'train'} has too few images to cut a validation part from: add a folder val")

@@ -13,14 +13,14 @@ from torchvision.datasets import CIFAR100, FGVCAircraft, Food101
 from mosa_fast.config import DataConfig
 from mosa_fast.data.annotations import check_files
 from mosa_fast.data.images import ImageArrays, ImageFiles, Transform
-from mosa_fast.data.parts import Splits
+from mosa_fast.data.parts import Splits, Wanted
 from mosa_fast.data.stratify import stratified_split
 from mosa_fast.data.transforms import Transforms
 
 TASKS = {"cifar100": 100, "aircraft": 100, "food101": 101}
 
 
-def load_gicd(config: DataConfig, transforms: Transforms, root: Path, seed: int, *, strict: bool = True) -> Splits:
+def load_gicd(config: DataConfig, wanted: Wanted) -> Splits:
     """One of the three sets.
 
     Aircraft comes with validation images; of the others' training images a stratified `val_fraction` is held out. In
@@ -28,14 +28,12 @@ def load_gicd(config: DataConfig, transforms: Transforms, root: Path, seed: int,
 
     Args:
         config: the data section; `download` lets torchvision fetch what is missing.
-        transforms: of training and evaluation.
-        root: folder that holds, or gets, torchvision's own layout.
-        seed: of the held-out images.
-        strict: refuse missing images.
+        wanted: its root is the folder that holds, or gets, torchvision's own layout.
 
     Raises:
         ValueError: the files are missing, damaged or cannot be downloaded.
     """
+    root, transforms, strict = wanted.root, wanted.transforms, wanted.strict
     final = config.mode == "final"
     with _explained(config, root):
         if config.task == "aircraft":
@@ -52,7 +50,7 @@ def load_gicd(config: DataConfig, transforms: Transforms, root: Path, seed: int,
                 return ImageArrays(data[indices], [cifar.targets[index] for index in indices], transform)
 
             held_out = ImageArrays(cifar_test.data, cifar_test.targets, transforms.evaluate)
-            return _hold_out(config, cifar.targets, cifar_part, transforms, held_out, cifar.classes, seed)
+            return _hold_out(config, cifar.targets, cifar_part, transforms, held_out, cifar.classes, wanted.seed)
         food, food_test = (Food101(root, split=part, download=config.download) for part in ("train", "test"))
         samples = _samples(food, strict)
 
@@ -60,7 +58,7 @@ def load_gicd(config: DataConfig, transforms: Transforms, root: Path, seed: int,
             return ImageFiles([samples[index] for index in indices], transform)
 
         test = ImageFiles(_samples(food_test, strict), transforms.evaluate)
-        return _hold_out(config, food._labels, food_part, transforms, test, food.classes, seed)
+        return _hold_out(config, food._labels, food_part, transforms, test, food.classes, wanted.seed)
 
 
 def _hold_out(

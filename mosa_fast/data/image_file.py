@@ -71,16 +71,17 @@ def read_bytes(path: str | Path) -> bytes:
     return Path(path).read_bytes()
 
 
-def find_files(folder: Path, on_error: Callable[[OSError], object] | None = None) -> Iterator[Path]:
-    """Every regular file below a folder whose name does not begin with a dot: its own by name, then its folders'.
+def find_files(folder: Path, onerror: Callable[[OSError], None] | None = None) -> Iterator[Path]:
+    """Everything below a folder that is no folder: its own by name, then its folders'; not what begins with a dot.
 
-    Links are followed; a folder that is reached again through a link to one of its parents is not entered again.
+    Pipes and links to nothing are among them, for `read_image` to refuse. Links are followed; a folder that is reached
+    again through a link to one of its parents is not entered again.
 
     Args:
-        folder: the folder.
-        on_error: told of a folder that cannot be read, which is then left out. None: that is an error.
+        folder: where to look.
+        onerror: is called with the error of a folder that cannot be listed; None: the error is raised.
     """
-    yield from _find(folder, (), on_error)
+    yield from _find(folder, (), onerror)
 
 
 def is_image_name(name: str | Path) -> bool:
@@ -89,23 +90,22 @@ def is_image_name(name: str | Path) -> bool:
 
 
 def _find(
-    folder: Path, parents: tuple[tuple[int, int], ...], on_error: Callable[[OSError], object] | None
+    folder: Path, parents: tuple[tuple[int, int], ...], onerror: Callable[[OSError], None] | None
 ) -> Iterator[Path]:
     try:
         status = folder.stat()
         entries = sorted(folder.iterdir())
     except OSError as error:
-        if on_error is None:
+        if onerror is None:
             raise
-        on_error(error)
-        return
+        return onerror(error)
     here = (status.st_dev, status.st_ino)
     if here in parents:
         return
-    yield from (path for path in entries if path.is_file() and not path.name.startswith("."))
+    yield from (path for path in entries if not path.is_dir() and not path.name.startswith("."))
     for path in entries:
         if path.is_dir():
-            yield from _find(path, (*parents, here), on_error)
+            yield from _find(path, (*parents, here), onerror)
 
 
 def _open(source: str | Path | BinaryIO) -> Image.Image:

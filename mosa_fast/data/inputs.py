@@ -106,13 +106,14 @@ def _collate(items: list[tuple[str, Tensor | Unreadable]]) -> InputBatch:
 
 
 def _expand(name: str) -> list[str | Unreadable]:
-    """A folder's images; what is no folder stands for itself."""
+    """A folder's images, by name."""
     if not os.path.isdir(name):
         return [name]
-    errors: list[OSError] = []
-    found: list[str | Unreadable] = [str(path) for path in find_files(Path(name), errors.append) if is_image_name(path)]
-    found += [Unreadable(str(error.filename), _reason(error)) for error in errors]
-    return found or [Unreadable(name, f"no image ({' '.join(SUFFIXES)}) below this folder")]
+    denied: list[OSError] = []
+    files = find_files(Path(name), denied.append)
+    found: list[str | Unreadable] = [str(path) for path in files if is_image_name(path)]
+    found += [Unreadable(str(error.filename), _reason(error)) for error in denied]
+    return found or [Unreadable(name, f"no image ({', '.join(SUFFIXES)}) below this folder")]
 
 
 def _reason(error: BaseException) -> str:

@@ -1,14 +1,36 @@
-"""What every family of data sets gives to the training loop: images to train on, to select with and to test on."""
+"""What a family of data sets is asked for, and what it gives: images to train on, to select with and to test on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset, TensorDataset
+
+from mosa_fast.data.transforms import Transforms
 
 PARTS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a family is asked for, beside the data section of the run.
+
+    Attributes:
+        root: folder of the data set; meaningless for a family that needs none.
+        image_size: side of the images in pixels.
+        transforms: of the family's image files in training and evaluation.
+        seed: of every random split.
+        strict: refuse missing images and labels out of range.
+    """
+
+    root: Path
+    image_size: int
+    transforms: Transforms
+    seed: int
+    strict: bool = True
 
 
 @dataclass
@@ -32,3 +54,13 @@ class Splits:
     def parts(self) -> Iterator[tuple[str, Dataset[Any]]]:
         """Name and data set of the parts that there are."""
         return ((name, getattr(self, name)) for name in PARTS if getattr(self, name) is not None)
+
+
+def labels_of(dataset: Any) -> list[int]:
+    """The labels of a data set, in order, without reading an image."""
+    if isinstance(dataset, Subset):
+        labels = labels_of(dataset.dataset)
+        return [labels[index] for index in dataset.indices]
+    if isinstance(dataset, TensorDataset):
+        return dataset.tensors[1].tolist()
+    return list(dataset.targets)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 from mosa_fast.config import DataConfig
 from mosa_fast.data.annotations import check_files, read_lines
 from mosa_fast.data.images import ImageFiles
-from mosa_fast.data.parts import Splits
-from mosa_fast.data.transforms import Transforms
+from mosa_fast.data.parts import Splits, Wanted
 
 GROUPS = {
     "Natural": {
@@ -36,29 +34,27 @@ GROUPS = {
 TASKS = {task: classes for tasks in GROUPS.values() for task, classes in tasks.items()}
 
 
-def load_vtab(config: DataConfig, transforms: Transforms, root: Path, *, strict: bool = True) -> Splits:
+def load_vtab(config: DataConfig, wanted: Wanted) -> Splits:
     """One task of `root/<task>/{train800,val200,train800val200,test}.txt`.
 
     Args:
         config: the data section. mode "tune": train800, selected on val200; "final": train800val200, nothing to
             select with.
-        transforms: of training (VTAB: the same as of evaluation) and evaluation.
-        root: folder of all tasks.
-        strict: refuse missing images and labels out of range.
+        wanted: its root is the folder of all tasks.
 
     Raises:
         ValueError: a list is missing or a line of it is wrong, or an image that it lists is missing.
     """
     assert config.task is not None
-    folder, classes = root / config.task, TASKS[config.task]
+    folder, classes = wanted.root / config.task, TASKS[config.task]
 
     def part(name: str, *, train: bool = False) -> ImageFiles:
         source = folder / f"{name}.txt"
-        parse = partial(_parse, classes=classes if strict else None)
+        parse = partial(_parse, classes=classes if wanted.strict else None)
         rows = [(str(folder / path), label) for path, label in read_lines(source, _fix(config.task), parse)]
-        if strict:
+        if wanted.strict:
             check_files([path for path, _ in rows], source)
-        return ImageFiles(rows, transforms.train if train else transforms.evaluate)
+        return ImageFiles(rows, wanted.transforms.train if train else wanted.transforms.evaluate)
 
     final = config.mode == "final"
     train = part("train800val200" if final else "train800", train=True)

@@ -1,9 +1,10 @@
 """Checkpoints: what a run needs to go on as if it had never stopped.
 
-The folder of checkpoints holds, for the last complete one, the trained weights (safetensors) and, written after them,
-the state of everything else (read with weights_only=True). Nothing is removed before that is on the disk, so whenever
-the process dies, a complete one is there. Random states are not in it: order, experts and dropout are functions of the
-seed and the position.
+The folder of checkpoints holds, for the last complete one, the trained weights (safetensors) and the state of
+everything else (read with weights_only=True). The weights are written first and get their name when the state is there
+too, so that weights without a state were not left by a process that died: somebody lost the state. Nothing is removed
+before the new one is on the disk, so whenever the process dies, a complete one is there. Random states are not in it:
+order, experts and dropout are functions of the seed and the position.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from mosa_fast.run_folder import RunFolder
 from mosa_fast.training.distributed import Ranks
 from mosa_fast.training.position import Position
 
-FORMAT = "mosa_fast.checkpoint.2"
+FORMAT = "mosa_fast.checkpoint.3"
 
 
 class Stateful(Protocol):
@@ -49,7 +50,8 @@ class Checkpoints:
         config: of the run, as it goes on.
         ranks: the first of them writes, all read.
         model: its trained weights are kept.
-        position: of the run; kept first and loaded first.
+        data: what the run is trained on; looked at before anything is loaded.
+        position: of the run; loaded before the others.
         others: what else has a state, by the name it is kept under.
     """
 
@@ -59,10 +61,12 @@ class Checkpoints:
         config: TrainConfig,
         ranks: Ranks,
         model: nn.Module,
+        data: Stateful,
         position: Position,
         **others: Stateful,
     ) -> None:
         self.folder, self.config, self.ranks, self.model, self.position = folder, asdict(config), ranks, model, position
+        self.data = data
         self.parts: dict[str, Stateful] = {"position": position, **others}
         self._saved: tuple[int, int] | None = None
 
@@ -73,15 +77,20 @@ class Checkpoints:
             OSError: the files cannot be written; the checkpoint before is untouched.
         """
         here = (self.position.steps, self.position.epochs_done)
-        if self.ranks.is_first and here != self._saved:
-            weights = self.folder.checkpoint_weights(self.position.steps)
-            _write_tensors(weights, trained_state(self.model))
-            state = {name: part.state_dict() for name, part in self.parts.items()}
+        # All processes take part, since some parts have something of each in their state.
+        state = {} if here == self._saved else {name: part.state_dict() for name, part in self.parts.items()}
+        if self.ranks.is_first and state:
+            weights, pending = (
+                of(self.position.steps) for of in (self.folder.checkpoint_weights, self.folder.pending_weights)
+            )
+            _write_tensors(pending, trained_state(self.model))
             # Through memory, because torch hides the reason when a disk is full.
             buffer = io.BytesIO()
-            torch.save({"format": FORMAT, "config": self.config, "state": state}, buffer)
+            content = {"format": FORMAT, "config": self.config, "data": self.data.state_dict(), "state": state}
+            torch.save(content, buffer)
             path = self.folder.checkpoint(self.position.steps)
             write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
+            pending.replace(weights)
             # States first, then weights: never a state without the weights that belong to it.
             for old in sorted(self.folder.checkpoints.iterdir(), key=lambda file: (file.suffix != path.suffix, file)):
                 if old not in (path, weights):
@@ -93,9 +102,13 @@ class Checkpoints:
         """Go on from the checkpoint after so many steps.
 
         Raises:
-            ValueError: it cannot be read, or belongs to another configuration or model.
+            ValueError: it cannot be read, or belongs to another configuration, other data or another model.
         """
         path, weights = self.folder.checkpoint(step), self.folder.checkpoint_weights(step)
+        pending = self.folder.pending_weights(step)
+        if self.ranks.is_first and pending.is_file():  # the process died between the state and this
+            pending.replace(weights)
+        self.ranks.barrier()
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
@@ -104,6 +117,7 @@ class Checkpoints:
             raise ValueError(f"{path} is not a checkpoint of this version ({FORMAT})")
         for key, (then, now) in changes(content["config"], self.config).items():
             raise ValueError(f"{self.folder} was started with {key} {then}, not {now}; resume it with the same")
+        self.data.load_state_dict(content["data"])
         load_trained_state(self.model, _read_tensors(weights), str(weights))
         for name, part in self.parts.items():
             part.load_state_dict(content["state"][name])

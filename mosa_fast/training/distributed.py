@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,36 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
+    def gather(self, values: Tensor) -> Tensor:
+        """All processes' values of one shape, `[world, ...]`."""
+        rows = values.new_zeros(self.world, *values.shape)
+        rows[self.rank] = values
+        return self.sum(rows)
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process (a synchronisation of all)."""
         if self.world == 1:
             return flag
         return bool(self.sum(torch.tensor(int(flag), device=self.device)).item())
+
+    def from_first(self, function: Callable[[], Result]) -> Result:
+        """What a function returns in the first process, the only one to call it, in all of them; or what it raises.
+
+        Raises:
+            ValueError, OSError: as the function does.
+        """
+        if self.world == 1:
+            return function()
+        outcome: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                outcome[0] = function()
+            except (ValueError, OSError) as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, 0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
     def agree(self, tensors: Iterable[Tensor]) -> None:
         """Give all processes the first one's values, in place."""

@@ -5,14 +5,33 @@ from __future__ import annotations
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from mosa_fast.run_folder import RunFolder
 from mosa_fast.training.position import Position
 
 LINE_SECONDS = 60.0  # without a terminal: between epochs, a line at most so often
+
+
+class Speedometer:
+    """Images a second over all processes, in steps alone, since the step at which it was last read."""
+
+    def __init__(self, position: Position) -> None:
+        self.position = position
+        self._then, self._speed = (position.steps, position.training_seconds), 0
+
+    def read(self) -> int:
+        """The speed; where no step was taken since, the one read then (0: there was none)."""
+        (steps, seconds), now = self._then, (self.position.steps, self.position.training_seconds)
+        if now[0] > steps:
+            self._speed = round((now[0] - steps) * self.position.batch_size / max(now[1] - seconds, 1e-9))
+            self._then = now
+        return self._speed
 
 
 class Progress:
@@ -28,27 +47,20 @@ class Progress:
         shown = enabled and sys.stderr.isatty()
         self.bar = tqdm(total=position.total_steps, initial=position.steps, unit="step") if shown else None
         self.start = self.last_line = time.perf_counter()
-        self._last_read, self._speed = (self.start, position.steps), 0
-
-    def images_per_second(self) -> int:
-        """Over all processes, since the step at which this was last asked."""
-        (then, before), (now, steps) = self._last_read, (time.perf_counter(), self.position.steps)
-        if steps > before:
-            self._speed = round((steps - before) * self.position.batch_size / max(now - then, 1e-9))
-            self._last_read = now, steps
-        return self._speed
+        self.speed = Speedometer(position)
 
     def update(self, numbers: dict[str, str], *, epoch_end: bool = False) -> None:
-        """Show where the run is."""
+        """Show where the run is, these numbers, and the speed since this was last shown."""
         step, steps = self.position.steps, self.position.total_steps
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
-            self.bar.set_postfix(numbers, refresh=False)
+            self.bar.set_postfix(numbers | {"images/s": str(self.speed.read())}, refresh=False)
             return
         now = time.perf_counter()
         if self.enabled and (epoch_end or now - self.last_line >= LINE_SECONDS):
             self.last_line = now
             left = (now - self.start) / max(1, step - self.first_step) * (steps - step)
+            numbers = numbers | {"images/s": str(self.speed.read())}
             shown = "  ".join(f"{name} {value}" for name, value in numbers.items())
             eta = timedelta(seconds=round(left))
             print(f"step {step}/{steps}  {shown}  ETA {eta}", file=sys.stderr, flush=True)
@@ -63,7 +75,7 @@ class Loggers:
     """TensorBoard where its package is installed, and Weights & Biases where it is asked for.
 
     Args:
-        folder: of the run.
+        folder: of the run; its configuration is written.
         config: of the run, nested as the dataclasses are.
         position: of the run, as it begins or is resumed.
         enabled: False: nothing is logged.
@@ -73,7 +85,7 @@ class Loggers:
     """
 
     def __init__(self, folder: RunFolder, config: dict[str, Any], position: Position, *, enabled: bool) -> None:
-        self.position = position
+        self.position, self.speed = position, Speedometer(position)
         self.tensorboard: Any = None
         self.wandb: Any = None
         if not enabled:
@@ -94,6 +106,9 @@ class Loggers:
             except ImportError:
                 return
             self.tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=position.steps)
+            # Indented, Markdown shows it as it is.
+            text = "".join(f"    {line}\n" for line in folder.config.read_text(encoding="utf-8").splitlines())
+            self.tensorboard.add_text("configuration", text, position.steps)
 
     def add(self, numbers: dict[str, float]) -> None:
         """Log numbers at the run's position."""
@@ -103,6 +118,17 @@ class Loggers:
                 self.tensorboard.add_scalar(name, value, step)
         if self.wandb is not None:
             self.wandb.log(numbers, step=step)
+
+    def add_running(self, numbers: dict[str, float]) -> None:
+        """Log numbers in the middle of an epoch, with the speed since this was last done."""
+        self.add(numbers | {"images_per_second": self.speed.read()})
+
+    def add_pictures(self, *paths: Path) -> None:
+        """Log PNG files to TensorBoard, by their names."""
+        for path in paths if self.tensorboard is not None else ():
+            with Image.open(path) as picture:
+                pixels = np.asarray(picture.convert("RGB"))
+            self.tensorboard.add_image(path.stem, pixels, self.position.steps, dataformats="HWC")
 
     def close(self) -> None:
         """Write out what is pending."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -14,27 +16,33 @@ from mosa_fast.adapters.metadata import versions
 from mosa_fast.backbones.create import input_size
 from mosa_fast.backbones.frozen import set_training
 from mosa_fast.config import TrainConfig
+from mosa_fast.data.fingerprint import Fingerprint
 from mosa_fast.data.loading import batches, evaluation_loader, train_loader
 from mosa_fast.methods import METHODS
 from mosa_fast.run_folder import RunFolder
+from mosa_fast.run_lock import lock_folder
 from mosa_fast.training.checkpoint import Checkpoints
 from mosa_fast.training.distributed import join_ranks
-from mosa_fast.training.evaluation import BATCH_FACTOR, evaluate
+from mosa_fast.training.evaluation import BATCH_FACTOR, Scores, evaluate
 from mosa_fast.training.finished_run import save_trained, weights_file
+from mosa_fast.training.folder_state import checkpoint_to_resume, finished_summary
 from mosa_fast.training.loggers import Loggers, Progress
 from mosa_fast.training.losses import class_weights
 from mosa_fast.training.model import build_model, check_model, count_trained
 from mosa_fast.training.optim import make_optimizer, make_schedule
+from mosa_fast.training.pictures import plot_confusion, plot_curves
 from mosa_fast.training.position import Position
 from mosa_fast.training.precision import store_frozen
-from mosa_fast.training.report import MetricsLog, closing_table, plot_curves
+from mosa_fast.training.report import MetricsLog, class_table, closing_table, opening_table
 from mosa_fast.training.run_data import load_run_data, preprocessing_of_run
 from mosa_fast.training.selection import Selection
 from mosa_fast.training.signals import Interrupted, StopAsked, StopSignals
 from mosa_fast.training.step import GraphedStep, Objective, TrainStep
 
 
-def train(config: TrainConfig, *, progress: bool = True, resume: bool = False) -> dict[str, Any]:
+def train(
+    config: TrainConfig, *, progress: bool = True, resume: bool = False, overwrite: bool = False
+) -> dict[str, Any]:
     """Run a training from data to report.
 
     The epoch with the best validation accuracy is selected, the last one where there are no validation images
@@ -45,33 +53,41 @@ def train(config: TrainConfig, *, progress: bool = True, resume: bool = False) -
         progress: show a bar or lines (standard error) and the closing table (standard output).
         resume: go on from the last checkpoint in `config.out`; start anew where there is none, and do nothing where
             the run is finished.
+        overwrite: start anew whatever is in `config.out`. Otherwise a run that is there is not replaced.
 
     Returns:
         What the run's summary holds.
 
     Raises:
-        ValueError: the configuration, the data, the model or the checkpoint do not fit together, or training diverges.
+        ValueError: the configuration, the data, the model or the checkpoint do not fit together, the folder holds
+            another run or is in use by one, or training diverges.
         OSError: a file cannot be written.
         Interrupted: SIGTERM or SIGINT came; the run has saved itself.
     """
     folder = RunFolder(config.out)
-    last_checkpoint = folder.last_checkpoint()
-    if resume and folder.is_finished:
-        return folder.read_summary()
-    if last_checkpoint is not None and not folder.is_finished and not resume:
-        raise ValueError(f"{folder} holds an unfinished run: go on with --resume, or choose another folder with --out")
+    check_model(config)
+    if config.data.image_size is None:
+        config.data.image_size = input_size(config.model)
+    finished = None if overwrite else finished_summary(folder, config, resume=resume)
+    if finished is not None:
+        if progress and os.environ.get("RANK", "0") == "0":
+            print(f"{folder} holds this run, finished: nothing to do", flush=True)
+        return finished
 
-    with join_ranks(config.device) as ranks, StopSignals() as stop:
+    with join_ranks(config.device) as ranks, StopSignals() as stop, ExitStack() as held:
         device, optim, method = ranks.device, config.optim, METHODS[config.method]
         on_gpu = device.type == "cuda"
         progress = progress and ranks.is_first
         if config.cuda_graphs and (not on_gpu or ranks.world > 1):
             raise ValueError(f"cuda_graphs needs one GPU, this run has {ranks.world} process(es) on {device.type}")
-        check_model(config)
+
+        # Set-up: the folder, which belongs to this run from here on.
+        ranks.from_first(lambda: held.enter_context(lock_folder(folder)))
+        checkpoint = None
+        if not overwrite:
+            checkpoint = ranks.from_first(lambda: checkpoint_to_resume(folder, resume=resume))
 
         # Set-up: data.
-        if config.data.image_size is None:
-            config.data.image_size = input_size(config.model)
         splits = load_run_data(config)
         position = Position(len(splits.train_labels), optim.batch_size * ranks.world, optim.epochs)
         loading: dict[str, Any] = {
@@ -118,6 +134,7 @@ def train(config: TrainConfig, *, progress: bool = True, resume: bool = False) -
             config,
             ranks,
             model,
+            Fingerprint(splits, config.data.root),
             position,
             step=step,
             optimizer=optimizer,
@@ -125,22 +142,35 @@ def train(config: TrainConfig, *, progress: bool = True, resume: bool = False) -
             selection=selection,
             metrics=metrics,
         )
-        if last_checkpoint is not None and resume:
-            checkpoints.load(last_checkpoint)
+        if checkpoint is not None:
+            checkpoints.load(checkpoint)
             if progress:
                 print(f"resumed {folder} at step {position.steps} of {position.total_steps}", flush=True)
         elif ranks.is_first:
+            if resume and progress and folder.config.is_file():
+                print(f"{folder} has no checkpoint to go on from: starting anew", flush=True)
             folder.start_anew()
         metrics.begin()
         if ranks.is_first:
             folder.write_config(asdict(config))
             folder.write_classes(splits.classes)
         loggers = Loggers(folder, asdict(config), position, enabled=ranks.is_first)
+        held.callback(loggers.close)
+        if progress:
+            print(opening_table(config, splits, model, position, ranks), flush=True)
         bar = Progress(position, enabled=progress)
+        held.callback(bar.close)
 
-        def accuracy(images: Any) -> float:
+        def scores(images: Any, *, confusion: bool = False) -> Scores:
             evaluated = evaluation_loader(images, optim.batch_size * BATCH_FACTOR, **loading)
-            return evaluate(model, evaluated, ranks, config.precision, stop)
+            with position.pause():
+                return evaluate(
+                    model, evaluated, ranks, len(splits.classes), config.precision, stop, confusion=confusion
+                )
+
+        def save_checkpoint() -> None:
+            with position.pause():
+                checkpoints.save()
 
         def is_stop_asked() -> bool:
             # Processes must leave at the same step; they look at each other's signals where they meet anyway.
@@ -157,15 +187,14 @@ def train(config: TrainConfig, *, progress: bool = True, resume: bool = False) -
                     if position.steps % config.log_every == 0:
                         loss, train_accuracy = step.averages()
                         step.count_bad_steps(config.max_bad_steps)
-                        speed = bar.images_per_second()
-                        bar.update({"loss": f"{loss:.3f}", "train": f"{train_accuracy:.1f}%", "images/s": str(speed)})
+                        bar.update({"loss": f"{loss:.3f}", "train": f"{train_accuracy:.1f}%"})
                         running = {"running_loss": loss, "running_accuracy": train_accuracy}
-                        loggers.add(running | {"lr": float(schedule.get_last_lr()[0]), "images_per_second": speed})
+                        loggers.add_running(running | {"lr": float(schedule.get_last_lr()[0])})
                     if is_stop_asked():
                         raise StopAsked
                     is_mid_epoch = position.steps_in_epoch < position.steps_per_epoch
                     if config.checkpoint_steps and position.steps % config.checkpoint_steps == 0 and is_mid_epoch:
-                        checkpoints.save()
+                        save_checkpoint()
 
                 # Evaluate: validation selects.
                 loss, train_accuracy = step.averages()
@@ -182,7 +211,7 @@ def train(config: TrainConfig, *, progress: bool = True, resume: bool = False) -
                     if is_last:
                         selection.select(position.epoch, None, model)
                 elif is_last or position.epoch % config.eval_every == 0:
-                    row["val_accuracy"] = accuracy(splits.val)
+                    row |= scores(splits.val).named("val")
                     selection.validated(position.epoch, row["val_accuracy"], model)
 
                 # Log.
@@ -191,33 +220,37 @@ def train(config: TrainConfig, *, progress: bool = True, resume: bool = False) -
                 shown = {"epoch": str(row["epoch"]), "loss": f"{loss:.3f}", "train": f"{train_accuracy:.1f}%"}
                 if selection.val_accuracy is not None:
                     shown["val"] = f"{row.get('val_accuracy', selection.val_accuracy):.1f}%"
-                bar.update(shown | {"images/s": str(bar.images_per_second())}, epoch_end=True)
+                bar.update(shown, epoch_end=True)
                 metrics.add(row)
                 loggers.add({name: value for name, value in row.items() if name != "epoch"})
 
                 # Save.
                 if is_last or selection.patience_is_over or position.epochs_done % config.checkpoint_every == 0:
-                    checkpoints.save()
+                    save_checkpoint()
 
             # Test, once: the last weights, then the selected ones.
             seconds = position.seconds
             summary: dict[str, Any] = {"val_accuracy": selection.val_accuracy}
+            selected = metrics.rows[selection.epoch - 1]
+            summary |= {name: selected[name] for name in ("val_loss", "val_top5") if name in selected}
             if config.test:
-                summary["last_test_accuracy"] = accuracy(splits.test)
+                tested = scores(splits.test, confusion=True)
+                summary["last_test_accuracy"] = tested.accuracy
             load_trained_state(model, selection.weights, "the selected epoch")
             if config.test:
-                is_last = selection.epoch == position.epochs_done
-                summary["test_accuracy"] = summary["last_test_accuracy"] if is_last else accuracy(splits.test)
-                loggers.add({"test_accuracy": summary["test_accuracy"]})
+                if selection.epoch != position.epochs_done:
+                    tested = scores(splits.test, confusion=True)
+                loggers.add(tested.named("test"))
+                summary |= tested.named("test")
+                if tested.confusion is not None:
+                    summary["test_classes"] = class_table(tested, splits.classes)
         except StopAsked:
-            checkpoints.save()
+            save_checkpoint()
             where = f"step {position.steps} of {position.total_steps} is saved in {folder}; go on with --resume"
             raise Interrupted(f"stopped: {where}", stop.received or signal.SIGTERM) from None
-        finally:
-            bar.close()
-            loggers.close()
 
         # Report.
+        bar.close()
         summary |= {
             "selected_epoch": selection.epoch,
             "epochs": position.epochs_done,
@@ -232,7 +265,12 @@ def train(config: TrainConfig, *, progress: bool = True, resume: bool = False) -
         }
         if ranks.is_first:
             save_trained(model, folder, config.method)
+            pictures = [folder.curves]
             plot_curves(folder.curves, metrics.rows, summary)
+            if config.test and tested.confusion is not None:
+                pictures.append(folder.confusion)
+                plot_confusion(folder.confusion, tested.confusion, splits.classes)
+            loggers.add_pictures(*pictures)
             folder.write_summary(summary)
             folder.remove_checkpoints()
             if progress:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -27,6 +29,7 @@ class Position:
         self.total_steps = epochs * self.steps_per_epoch
         self.steps = self.epochs_done = 0
         self._seconds_before, self._begin = 0.0, time.perf_counter()
+        self._paused = 0.0
 
     @property
     def epoch(self) -> int:
@@ -53,6 +56,20 @@ class Position:
         """Time that the run took, without the pauses between an interruption and its resumption."""
         return self._seconds_before + time.perf_counter() - self._begin
 
+    @property
+    def training_seconds(self) -> float:
+        """Time that this process spent in steps, until now."""
+        return time.perf_counter() - self._begin - self._paused
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What is done inside is not training: validation, checkpoints."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - begin
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return {
@@ -71,7 +88,7 @@ class Position:
         if state["batch_size"] != self.batch_size:
             raise ValueError(
                 f"the run was started with {state['batch_size']} images a step over all processes, not "
-                f"{self.batch_size}: resume it with as many processes, or change optim.batch_size to match"
+                f"{self.batch_size}: resume it with as many processes"
             )
         self.steps, self.epochs_done = state["steps"], state["epochs_done"]
-        self._seconds_before, self._begin = state["seconds"], time.perf_counter()
+        self._seconds_before, self._begin, self._paused = state["seconds"], time.perf_counter(), 0.0

@@ -1,4 +1,4 @@
-"""What a run leaves for people: a line an epoch, curves, and the closing table."""
+"""What a run tells people: a table at its start, a line an epoch, and a table at its end."""
 
 from __future__ import annotations
 
@@ -6,8 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from mosa_fast.config import TrainConfig
+from mosa_fast.data.parts import Splits, labels_of
 from mosa_fast.files import write_atomically
+from mosa_fast.methods import METHODS
 from mosa_fast.run_folder import RunFolder
+from mosa_fast.training.distributed import Ranks
+from mosa_fast.training.evaluation import Scores
+from mosa_fast.training.model import count_trained
+from mosa_fast.training.position import Position
+
+WEAKEST = 3  # classes that the closing table names
 
 
 class MetricsLog:
@@ -47,33 +58,6 @@ class MetricsLog:
         self.rows = state["rows"]
 
 
-def plot_curves(path: Path, rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
-    """Training loss and validation accuracy over the epochs, with the selected epoch marked."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    loss_axes, accuracy_axes = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in rows]
-    loss_axes.plot(epochs, [row["train_loss"] for row in rows], color="tab:blue")
-    loss_axes.set(xlabel="epoch", ylabel="training loss")
-    validated = [row for row in rows if "val_accuracy" in row]
-    accuracy_axes.plot(epochs, [row["train_accuracy"] for row in rows], color="tab:grey", label="train, active experts")
-    accuracy_axes.plot(
-        [row["epoch"] for row in validated],
-        [row["val_accuracy"] for row in validated],
-        color="tab:orange",
-        label="validation, merged",
-    )
-    accuracy_axes.axvline(summary["selected_epoch"], color="black", linewidth=0.8, linestyle=":")
-    if "test_accuracy" in summary:
-        accuracy_axes.axhline(
-            summary["test_accuracy"], color="tab:green", linewidth=0.8, linestyle="--", label="test, selected epoch"
-        )
-    accuracy_axes.set(xlabel="epoch", ylabel="accuracy, %")
-    accuracy_axes.legend(loc="lower right", fontsize="small")
-    figure.savefig(path, dpi=120)
-
-
 def format_table(rows: list[tuple[str, str]]) -> str:
     """Two aligned columns between rules."""
     left = max(len(name) for name, _ in rows)
@@ -82,14 +66,62 @@ def format_table(rows: list[tuple[str, str]]) -> str:
     return "\n".join([rule, *(f"{name:<{left}}  {value}" for name, value in rows), rule])
 
 
+def opening_table(config: TrainConfig, splits: Splits, model: nn.Module, position: Position, ranks: Ranks) -> str:
+    """What a run is about to do."""
+    counts = count_trained(model)
+    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    start = "pretrained" if config.model.pretrained and METHODS[config.method].pretrained else "random weights"
+    if config.model.checkpoint is not None and start == "pretrained":
+        start = config.model.checkpoint
+    parts = {}
+    for name, part in splits.parts():
+        labels = labels_of(part)
+        parts[name] = f"{len(labels):,} images of {len(set(labels))} classes"
+    each = f"{position.epochs} epochs of {position.steps_per_epoch}, {position.batch_size} images each"
+    rows = [
+        *parts.items(),
+        ("backbone", f"{config.model.name}, {start}, {config.data.image_size} pixels"),
+        ("method", config.method),
+        ("trained weights", f"{counts['trained_weights']:,} + head {counts['head_weights']:,}; frozen {frozen:,}"),
+        ("steps", f"{position.total_steps:,}: {each}"),
+        ("device", f"{ranks.device}" + (f", {ranks.world} processes" if ranks.world > 1 else "")),
+        ("precision", config.precision),
+    ]
+    return format_table(rows)
+
+
+def class_table(scores: Scores, classes: list[str]) -> list[dict[str, Any]]:
+    """For every class its name, its number of images, the percentage that is recognised, and what they are taken for.
+
+    The last is a number of images by label, for the labels that any were given.
+    """
+    assert scores.confusion is not None
+    return [
+        {
+            "class": name,
+            "images": sum(row),
+            "accuracy": 100 * row[label] / sum(row) if sum(row) else None,
+            "taken_for": {str(other): count for other, count in enumerate(row) if count},
+        }
+        for label, (name, row) in enumerate(zip(classes, scores.confusion.tolist(), strict=True))
+    ]
+
+
 def closing_table(summary: dict[str, Any], folder: RunFolder, weights: Path) -> str:
     """The table at the end of a run."""
     rows = [("validation accuracy", "none: trained on the validation images too, the last epoch counts")]
     if summary["val_accuracy"] is not None:
-        rows = [("validation accuracy", f"{summary['val_accuracy']:.2f} %  (epoch {summary['selected_epoch']})")]
+        rows = [
+            ("validation accuracy", f"{summary['val_accuracy']:.2f} %  (epoch {summary['selected_epoch']})"),
+            ("validation loss", f"{summary['val_loss']:.4f}"),
+        ]
     if "test_accuracy" in summary:
         rows.append(("test accuracy", f"{summary['test_accuracy']:.2f} %"))
+        if "test_top5" in summary:
+            rows.append(("test accuracy, top 5", f"{summary['test_top5']:.2f} %"))
         rows.append(("test accuracy, last epoch", f"{summary['last_test_accuracy']:.2f} %"))
+    if "test_classes" in summary:
+        rows.append(("weakest classes", weakest(summary["test_classes"])))
     rows += [
         ("trained weights", f"{summary['trained_weights']:,} + head {summary['head_weights']:,}"),
         ("time", f"{summary['seconds']:.0f} s, {summary['steps']} steps on {summary['device']}"),
@@ -98,4 +130,12 @@ def closing_table(summary: dict[str, Any], folder: RunFolder, weights: Path) -> 
         ("summary", str(folder.summary)),
         ("curves", str(folder.curves)),
     ]
+    if "test_classes" in summary:
+        rows.append(("confusion", str(folder.confusion)))
     return format_table(rows)
+
+
+def weakest(table: list[dict[str, Any]]) -> str:
+    """The classes of a `class_table` that are recognised least, in words."""
+    known = sorted((row for row in table if row["images"]), key=lambda row: row["accuracy"])
+    return ", ".join(f"{row['class']} {row['accuracy']:.0f} %" for row in known[:WEAKEST])

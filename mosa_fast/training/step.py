@@ -131,13 +131,13 @@ class TrainStep:
         return total
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return {"sums": self.sums, "bad": self.bad, "scaler": self.scaler.state_dict()}
+        """What a checkpoint keeps: of the sums, each process's own. All processes have to ask."""
+        return {"sums": self.ranks.gather(self.sums), "bad": self.bad, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there; the position has been loaded before."""
         self.step.fill_(self.position.steps)
-        self.sums.copy_(state["sums"])
+        self.sums.copy_(state["sums"][self.ranks.rank])
         self.bad.copy_(state["bad"])
         self.scaler.load_state_dict(state["scaler"])
 

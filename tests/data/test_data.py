@@ -86,7 +86,7 @@ def test_bad_folders_are_named(folder):
     (folder / "test" / "dog").rename(folder / "test" / "wolf")
     with pytest.raises(ValueError, match=r"classes of test are not those of train; they differ in dog, wolf"):
         load_data(DataConfig(name="folder", root=str(folder)), 16, 0)
-    with pytest.raises(ValueError, match=r"data\.name must be one of digits, folder"):
+    with pytest.raises(ValueError, match=r"data\.name must be one of digits, fashion_mnist, folder"):
         load_data(DataConfig(name="imagenet"), 16, 0)
 
 

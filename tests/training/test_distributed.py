@@ -1,38 +1,18 @@
 import json
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import in_child, tiny_run, wait_for
+from tiny_runs import run_ranks, tiny_run
 
 from mosa_fast.config import OptimConfig
 from mosa_fast.data.step_sampler import rank_slice
+from mosa_fast.run_folder import RunFolder
+from mosa_fast.run_lock import lock_folder
 from mosa_fast.training.loop import train
-
-
-def free_port() -> int:
-    with socket.socket() as handle:
-        handle.bind(("localhost", 0))
-        return handle.getsockname()[1]
-
-
-def run_ranks(world: int, config) -> list[int]:
-    """Exit codes of the ranks of one run."""
-    port = free_port()
-
-    def start(rank):
-        def work():
-            address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-            os.environ.update(address, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-            train(config, progress=False)
-
-        return in_child(work)
-
-    return [wait_for(child) for child in [start(rank) for rank in range(world)]]
 
 
 def numbers(out):
@@ -57,6 +37,16 @@ def test_ranks_compute_what_one_process_with_the_whole_batch_would(tmp_path, wor
     found = load_file(tmp_path / "many" / "adapter.safetensors")
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4)
+
+
+def test_one_rank_holds_the_folder_and_all_are_refused_in_one_line(tmp_path):
+    """Nobody waits for a rank that has left."""
+    optim = OptimConfig(lr=1e-3, epochs=1, warmup_epochs=0, batch_size=4)
+    with lock_folder(RunFolder(tmp_path / "run")):
+        assert run_ranks(2, tiny_run(tmp_path / "run", optim=optim), main=True) == [2, 2]
+    assert run_ranks(2, tiny_run(tmp_path / "run", optim=optim)) == [0, 0]
+    assert not RunFolder(tmp_path / "run").lock.exists()
+    assert run_ranks(2, tiny_run(tmp_path / "run", optim=optim), main=True) == [2, 2]  # it is finished
 
 
 def test_slices_are_contiguous_and_complete():

@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import tiny_run
+from tiny_runs import stub_evaluate, tiny_run
 
 import mosa_fast as mosa
 from mosa_fast.backbones.embedded import create_embedded
@@ -13,6 +13,7 @@ from mosa_fast.config import DataConfig, LossConfig, MoSAConfig, OptimConfig, Tr
 from mosa_fast.data import load_data
 from mosa_fast.data.preprocessing import Statistics, squashed
 from mosa_fast.training.distributed import pick_device
+from mosa_fast.training.evaluation import Scores
 from mosa_fast.training.loop import train
 
 
@@ -62,7 +63,9 @@ def test_same_seed_same_bits(finished, tmp_path):
 
 def test_a_search_leaves_the_test_images_alone(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("mosa_fast.training.loop.evaluate", lambda model, loader, *_: seen.append(loader) or 50.0)
+    monkeypatch.setattr(
+        "mosa_fast.training.loop.evaluate", lambda model, loader, *_, **__: seen.append(loader) or Scores(50.0, 1.0)
+    )
     summary = train(small_run(tmp_path, test=False), progress=False)
     assert "test_accuracy" not in summary
     assert [len(loader.dataset.dataset) for loader in seen] == [200]
@@ -93,7 +96,7 @@ def test_devices():
 def test_early_stopping(tmp_path, monkeypatch):
     """Two validations without a better one after the second, which is selected."""
     scores = iter([10.0, 30.0, 20.0, 30.0, 90.0])
-    monkeypatch.setattr("mosa_fast.training.loop.evaluate", lambda *_: next(scores))
+    monkeypatch.setattr("mosa_fast.training.loop.evaluate", stub_evaluate(scores))
     summary = train(tiny_run(tmp_path, patience=2, optim=OptimConfig(epochs=9), test=False), progress=False)
     assert (summary["epochs"], summary["selected_epoch"], summary["val_accuracy"]) == (4, 2, 30.0)
 
@@ -110,6 +113,10 @@ def test_numbers_go_to_tensorboard_and_to_wandb(tmp_path, monkeypatch):
     events = event_files.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train_loss")] == [3, 6, 9]
     assert [event.value for event in events.Scalars("val_accuracy")] == [row["val_accuracy"] for row in rows]
+    assert "val_loss" in events.Tags()["scalars"]
+    (text,) = events.Tensors("configuration/text_summary")
+    assert "    precision: fp32\n" in text.tensor_proto.string_val[0].decode()
+    assert {"curves", "confusion"} <= set(events.Tags()["images"])
     assert [event.step for event in events.Scalars("running_loss")] == [2, 4, 6, 8]
     assert started[0]["project"] == "here"
     assert [numbers["val_accuracy"] for _, numbers in logged if "val_accuracy" in numbers] == [

@@ -1,17 +1,18 @@
-import json
 import os
 import random
+import shutil
 import signal
-from pathlib import Path
+from itertools import repeat
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tiny_runs import in_child, tiny_run, wait_for
+from PIL import Image
+from tiny_runs import die_at, in_child, result, stub_evaluate, tiny_run, wait_for
 
-from mosa_fast.config import LossConfig, OptimConfig
+from mosa_fast import run_lock
+from mosa_fast.config import DataConfig, LossConfig, OptimConfig
 from mosa_fast.run_folder import RunFolder
-from mosa_fast.training.evaluation import evaluate
+from mosa_fast.training.evaluation import Scores, evaluate
 from mosa_fast.training.loop import train
 from mosa_fast.training.position import Position
 from mosa_fast.training.signals import Interrupted, StopAsked
@@ -25,42 +26,6 @@ def uninterrupted(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
     train(tiny_run(out, **SETTINGS), progress=False)
     return result(out)
-
-
-def result(out: Path):
-    """Everything that a run found out, without the times."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    for row in rows:
-        del row["seconds"]
-    summary = json.loads((out / "summary.json").read_text())
-    numbers = {key: summary[key] for key in ("test_accuracy", "last_test_accuracy", "selected_epoch", "steps")}
-    weights = {name: tensor.numpy().tobytes() for name, tensor in load_file(out / "adapter.safetensors").items()}
-    return rows, numbers, weights
-
-
-def die_at(event: int):
-    """SIGKILL this process before its event-th step, sync, rename or removal, or halfway through its event-th write."""
-    count = 0
-
-    def watch(owner, name, halfway=None):
-        original = getattr(owner, name)
-
-        def watched(*args, **kwargs):
-            nonlocal count
-            count += 1
-            if count == event:
-                if halfway:
-                    halfway(original, *args)
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args, **kwargs)
-
-        setattr(owner, name, watched)
-
-    watch(TrainStep, "advance")
-    watch(os, "fsync")
-    watch(Path, "replace")
-    watch(Path, "unlink")
-    watch(Path, "write_bytes", lambda original, path, data: original(path, bytes(data)[: len(data) // 2]))
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -167,16 +132,18 @@ def test_a_signal_while_the_selected_weights_are_tested_changes_no_number(tmp_pa
     def run(out, **options):
         scores = iter([30.0, 20.0, 10.0])  # the first epoch is selected
         with monkeypatch.context() as patched:
-            patched.setattr("mosa_fast.training.loop.evaluate", lambda *args: tested(*args, scores=scores))
+            patched.setattr(
+                "mosa_fast.training.loop.evaluate", lambda *args, **options: tested(*args, scores=scores, **options)
+            )
             return train(tiny_run(out), progress=False, **options)
 
-    def tested(model, loader, *rest, scores):
+    def tested(model, loader, *rest, scores, **options):
         if len(loader.dataset.dataset) == 200:
-            return next(scores)
+            return Scores(next(scores), loss=1.0)
         tests.append(1)
         if len(tests) == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(model, loader, *rest)
+        return evaluate(model, loader, *rest, **options)
 
     tests, stop_at = [], None
     whole = run(tmp_path / "whole")
@@ -195,11 +162,11 @@ def test_a_run_that_is_out_of_patience_trains_no_further_when_it_is_resumed(tmp_
         os.kill(os.getpid(), signal.SIGTERM)
         raise StopAsked
 
-    scores = iter([30.0, 20.0])
-    monkeypatch.setattr("mosa_fast.training.loop.evaluate", lambda *_: next(scores, None) or stop())
+    scores = (accuracy or stop() for accuracy in (30.0, 20.0, None))
+    monkeypatch.setattr("mosa_fast.training.loop.evaluate", stub_evaluate(scores))
     with pytest.raises(Interrupted):  # in the test
         train(tiny_run(tmp_path, patience=1), progress=False)
-    monkeypatch.setattr("mosa_fast.training.loop.evaluate", lambda *_: 50.0)
+    monkeypatch.setattr("mosa_fast.training.loop.evaluate", stub_evaluate(repeat(50.0)))
     summary = train(tiny_run(tmp_path, patience=1), progress=False, resume=True)
     assert (summary["epochs"], summary["selected_epoch"]) == (2, 1)
 
@@ -214,8 +181,116 @@ def test_another_number_of_images_a_step_is_refused(tmp_path, monkeypatch):
 def test_a_checkpoint_of_another_version_is_refused(tmp_path, monkeypatch):
     checkpoint = stopped_run(tmp_path, monkeypatch)
     torch.save({"format": "mosa_fast.checkpoint.1"}, checkpoint)
-    with pytest.raises(ValueError, match=r"is not a checkpoint of this version \(mosa_fast\.checkpoint\.2\)"):
+    with pytest.raises(ValueError, match=r"is not a checkpoint of this version \(mosa_fast\.checkpoint\.3\)"):
         train(tiny_run(tmp_path), progress=False, resume=True)
+
+
+def folder_of_images(root, per_class=4):
+    for part in ("train", "val", "test"):
+        for label, level in (("dark", 0), ("light", 200)):
+            (root / part / label).mkdir(parents=True, exist_ok=True)
+            for index in range(per_class):
+                Image.new("RGB", (40, 40), (level, 10 * index, 0)).save(root / part / label / f"{index}.png")
+    return {"data": DataConfig(name="folder", root=str(root), image_size=32, workers=0)}
+
+
+def test_a_run_goes_on_with_the_data_it_was_started_on_wherever_they_lie(tmp_path, monkeypatch):
+    settings = folder_of_images(tmp_path / "a") | {"optim": OptimConfig(epochs=3, warmup_epochs=0, batch_size=4)}
+    stopped_run(tmp_path / "run", monkeypatch, **settings)
+    (tmp_path / "a").rename(tmp_path / "moved")
+    settings["data"].root = str(tmp_path / "moved")
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+
+    def resume(out):
+        return train(tiny_run(tmp_path / out, **settings), progress=False, resume=True)
+
+    added = tmp_path / "moved" / "train" / "dark" / "9.png"
+    Image.new("RGB", (40, 40)).save(added)
+    with pytest.raises(ValueError, match="started on other data: train had 8 images, now 9; resume it with the same"):
+        resume("run")
+    added.unlink()
+    first = tmp_path / "moved" / "test" / "light" / "0.png"
+    Image.new("RGB", (41, 40), (99, 98, 97)).save(first)
+    with pytest.raises(ValueError, match="started on other data: test had other files, sizes or labels"):
+        resume("run")
+    Image.new("RGB", (40, 40), (200, 0, 0)).save(first)
+    assert resume("run")["steps"] == 6
+
+
+def test_data_with_other_classes_are_called_other_data(tmp_path, monkeypatch):
+    """Not a head that does not fit."""
+    settings = folder_of_images(tmp_path / "a") | {"optim": OptimConfig(epochs=3, warmup_epochs=0, batch_size=4)}
+    stopped_run(tmp_path / "run", monkeypatch, **settings)
+    for part in ("train", "val", "test"):
+        shutil.copytree(tmp_path / "a" / part / "dark", tmp_path / "a" / part / "another")
+    with pytest.raises(ValueError, match="started on other data: train had 8 images, now 12"):
+        train(tiny_run(tmp_path / "run", **settings), progress=False, resume=True)
+
+
+def test_weights_that_lost_their_state_are_not_thrown_away_in_silence(tmp_path, monkeypatch):
+    checkpoint = stopped_run(tmp_path, monkeypatch)
+    kept = checkpoint.read_bytes()
+    checkpoint.unlink()
+    for options in ({"resume": True}, {}):
+        with pytest.raises(ValueError, match=r"step-000000004\.safetensors is without step-000000004\.pt"):
+            train(tiny_run(tmp_path), progress=False, **options)
+    checkpoint.write_bytes(kept)
+    assert train(tiny_run(tmp_path), progress=False, resume=True)["steps"] == 9
+
+
+def test_what_died_between_a_state_and_its_weights_name_goes_on(tmp_path, monkeypatch):
+    checkpoint = stopped_run(tmp_path, monkeypatch)
+    folder = RunFolder(tmp_path)
+    folder.checkpoint_weights(4).rename(folder.pending_weights(4))
+    assert checkpoint.is_file()
+    assert train(tiny_run(tmp_path), progress=False, resume=True)["steps"] == 9
+
+
+def test_a_finished_run_is_neither_replaced_nor_changed_unless_that_is_asked_for(tmp_path, capsys):
+    first = train(tiny_run(tmp_path), progress=False)
+    before = result(tmp_path)
+    with pytest.raises(ValueError, match="holds a finished run, of 20.*replace it with --overwrite"):
+        train(tiny_run(tmp_path), progress=False)
+    longer = OptimConfig(lr=5e-3, epochs=4, warmup_epochs=0, batch_size=8)
+    with pytest.raises(
+        ValueError, match=r"holds a finished run with optim\.epochs 3, not 4 \(the learning rate came to"
+    ):
+        train(tiny_run(tmp_path, optim=longer), progress=False, resume=True)
+    other = OptimConfig(lr=1e-3, epochs=3, warmup_epochs=0, batch_size=8)
+    with pytest.raises(ValueError, match=r"holds a finished run with optim\.lr 0\.005, not 0\.001: choose another"):
+        train(tiny_run(tmp_path, optim=other), progress=False, resume=True)
+    assert result(tmp_path) == before
+    capsys.readouterr()
+    assert train(tiny_run(tmp_path, log_every=1), resume=True) == first  # an option that changes no result
+    assert capsys.readouterr().out == f"{tmp_path} holds this run, finished: nothing to do\n"
+    assert train(tiny_run(tmp_path, optim=longer), progress=False, overwrite=True)["steps"] == 12
+
+
+def test_an_unfinished_run_is_replaced_where_that_is_asked_for(tmp_path, monkeypatch):
+    stopped_run(tmp_path, monkeypatch)
+    other = OptimConfig(lr=1e-3, epochs=1, warmup_epochs=0, batch_size=8)
+    assert train(tiny_run(tmp_path, optim=other), progress=False, overwrite=True)["steps"] == 3
+
+
+def test_two_runs_at_once_do_not_share_a_folder(tmp_path, uninterrupted, monkeypatch):
+    """The second is refused while the first is running, and leaves it alone."""
+    original, refusals = TrainStep.advance, []
+
+    def advance(step):
+        original(step)
+        if step.position.steps == 5:
+            for options in ({}, {"resume": True}, {"overwrite": True}):
+                refusals.append(wait_for(in_child(lambda options=options: refused(options))))
+
+    def refused(options):
+        run_lock._held.clear()  # as in a process that was not forked from the first
+        with pytest.raises(ValueError, match=f"is in use by process {os.getppid()} on "):
+            train(tiny_run(tmp_path, **SETTINGS), progress=False, **options)
+
+    monkeypatch.setattr(TrainStep, "advance", advance)
+    train(tiny_run(tmp_path, **SETTINGS), progress=False)
+    assert refusals == [0, 0, 0]
+    assert result(tmp_path) == uninterrupted
 
 
 def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch):

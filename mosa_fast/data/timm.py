@@ -21,9 +21,8 @@ from PIL import Image
 from mosa_fast.config import DataConfig
 from mosa_fast.data.image_file import read_image, to_rgb
 from mosa_fast.data.images import ImageFiles, Transform
-from mosa_fast.data.parts import Splits
+from mosa_fast.data.parts import Splits, Wanted
 from mosa_fast.data.stratify import stratified_split
-from mosa_fast.data.transforms import Transforms
 
 # Names that data sets use for their parts, the likeliest first.
 TRAIN, VAL, TEST = ("train", "training", "trainval"), ("val", "valid", "validation", "dev"), ("test", "testing")
@@ -49,28 +48,26 @@ class Part:
     classes: list[str] | None
 
 
-def load_timm(config: DataConfig, transforms: Transforms, root: Path | None, seed: int) -> Splits:
+def load_timm(config: DataConfig, wanted: Wanted) -> Splits:
     """The data set `config.task`: torch/<class of torchvision.datasets>, hfds/<name on the hub or folder>, wds/.
 
     Its parts are the ones that the configuration names, else train; val, or a stratified `val_fraction` of train; and
     test. Where there is no test part, that is val, and where there is neither, a fifth of the images.
 
     Args:
-        config: the data section.
-        transforms: of training and evaluation.
-        root: torch: the folder that torchvision keeps its files in; hfds: the cache, None for the usual one; wds: the
-            folder of the shards and of info.json.
-        seed: draws the validation images.
+        config: the data section. `root` is, for torch, the folder that torchvision keeps its files in; for hfds the
+            cache, None for the usual one; for wds the folder of the shards and of info.json.
+        wanted: its seed draws the validation images.
 
     Raises:
         ValueError: there is no such data set or part, files or a package are missing, or it does not classify images.
     """
     with _explained(config):
-        train = _first(config, root, config.train_split, TRAIN)
+        train = _first(config, config.train_split, TRAIN)
         if train is None:
             raise ValueError(f"{config.task} has no part {' or '.join(TRAIN)}: name it with data.train_split")
-        val = _first(config, root, config.val_split, VAL)
-        test = _first(config, root, config.test_split, TEST)
+        val = _first(config, config.val_split, VAL)
+        test = _first(config, config.test_split, TEST)
     if test is None and config.val_split is None:
         val, test = None, val
     kept = list(range(len(train.targets)))
@@ -80,7 +77,7 @@ def load_timm(config: DataConfig, transforms: Transforms, root: Path | None, see
     else:
         tested, test_part = list(range(len(test.targets))), test
     if val is None:
-        first, second = stratified_split([train.targets[index] for index in kept], config.val_fraction, seed)
+        first, second = stratified_split([train.targets[index] for index in kept], config.val_fraction, wanted.seed)
         validated, val_part, kept = [kept[i] for i in first], train, [kept[i] for i in second]
     else:
         validated, val_part = list(range(len(val.targets))), val
@@ -89,37 +86,37 @@ def load_timm(config: DataConfig, transforms: Transforms, root: Path | None, see
     def images(part: Part, indices: Sequence[int], transform: Transform) -> ImageFiles:
         return ImageFiles([(index, part.targets[index]) for index in indices], transform, part.image)
 
-    data = images(train, kept, transforms.train)
+    data = images(train, kept, wanted.transforms.train)
     return Splits(
         data,
-        images(val_part, validated, transforms.evaluate),
-        images(test_part, tested, transforms.evaluate),
+        images(val_part, validated, wanted.transforms.evaluate),
+        images(test_part, tested, wanted.transforms.evaluate),
         data.targets,
         classes,
     )
 
 
-def count_classes(config: DataConfig, root: Path | None) -> int:
+def count_classes(config: DataConfig) -> int:
     """Number of classes of the training part."""
     with _explained(config):
-        train = _first(config, root, config.train_split, TRAIN)
+        train = _first(config, config.train_split, TRAIN)
     if train is None:
         raise ValueError(f"{config.task} has no part {' or '.join(TRAIN)}: name it with data.train_split")
     return len(_classes([train]))
 
 
-def _first(config: DataConfig, root: Path | None, given: str | None, usual: Sequence[str]) -> Part | None:
+def _first(config: DataConfig, given: str | None, usual: Sequence[str]) -> Part | None:
     if given is not None:
-        return _open(config, root, given)
+        return _open(config, given)
     for split in usual:
         try:
-            return _open(config, root, split)
+            return _open(config, split)
         except NoSuchSplit:
             continue
     return None
 
 
-def _open(config: DataConfig, root: Path | None, split: str) -> Part:
+def _open(config: DataConfig, split: str) -> Part:
     kind, _, name = (config.task or "").partition("/")
     readers = {"torch": _torchvision_part, "hfds": _hub_part, "wds": _webdataset_part}
     if kind not in readers or (not name and kind != "wds"):
@@ -127,6 +124,7 @@ def _open(config: DataConfig, root: Path | None, split: str) -> Part:
             f"data.task must be torch/NAME (torchvision), hfds/NAME (the hub, or a local folder of it) or wds/ "
             f"(webdataset's shards in data.root), got {config.task!r}"
         )
+    root = None if config.root is None else Path(config.root).expanduser()
     return readers[kind](config, name, root, split)
 
 

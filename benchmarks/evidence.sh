@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# The runs that docs/evidence.md describes. Whatever is done is a whole table: those wanted most come first.
+#
+#   benchmarks/evidence.sh [DIR]      # DIR: of the runs (runs/evidence); stop it at will, the same command goes on
+#
+# Every finished run is a line of DIR/evidence.jsonl. Two processes of one thread; give it idle time with `nice -n 19`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-runs/evidence}
+export OMP_NUM_THREADS=1 TIMM_FUSED_ATTN=0 # with 64 tokens, plain attention is faster on a CPU
+
+# run "RECIPES" FOLDER EPOCHS OPTION ...
+run() {
+    local recipes=() folder=$2 epochs=$3
+    for name in $1; do recipes+=("configs/evidence/$name.yaml"); done
+    shift 3
+    "${PYTHON:-python}" -m mosa_fast.sweep --configs "${recipes[@]}" --out "$out/$folder" --processes 2 \
+        --grid --search uphill --search-seeds 101,102 --seeds 1,2,3,4,5 --seed-options seed adapter.seed \
+        --records "$out/evidence.jsonl" --optim.epochs="$epochs" --optim.warmup_epochs="$((epochs / 10)).$((epochs % 10))" "$@"
+}
+
+# About 520 steps of 16 images; then four and sixteen times as many.
+few() { run "$1" fashion-20 40 --data.shots=20; }
+more() { run "$1" fashion-100 8 --data.shots=100; }
+fewest() { run "$1" fashion-5 130 --data.shots=5; }
+long() { run "$1" fashion-20-steps-4x 160 --data.shots=20; }
+longest() { run "$1" fashion-20-steps-16x 640 --data.shots=20; }
+digits() {
+    run "$1" digits-10 74 --data.name=digits --data.shots=10
+    run "$1" digits-50 16 --data.name=digits --data.shots=50
+}
+
+few "linear dense mosa_e4 dense_two_views" # the primary comparison and its control
+few "mosa_e2 full lora random_mask"
+digits "linear dense mosa_e4 full scratch"
+more "linear dense mosa_e4 dense_two_views mosa_e2 full lora random_mask"
+few "mosa_e4_one_view mosa_e2_one_view"
+more "mosa_e4_one_view mosa_e2_one_view"
+long "dense mosa_e4 dense_two_views mosa_e2"
+few "bias mosa_e4_none mosl_e4"
+fewest "linear dense mosa_e4 dense_two_views mosa_e2 full"
+longest "dense mosa_e4"
