@@ -10,10 +10,11 @@ COMMANDS = ("train", "evaluate", "predict", "export", "sweep", "info", "data.che
 
 
 def describe(command: str) -> str:
-    """What a command is for: the first line of its module, after the words that call it. Nothing is imported."""
+    """What a command is for: the first line of its module, without the words that call it. Nothing is imported."""
     source = Path(__file__).parent.joinpath(*command.split(".")).with_suffix(".py")
     documentation = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
-    return documentation.splitlines()[0].partition("`: ")[2].rstrip(".")
+    first = documentation.splitlines()[0].rpartition("`: ")[2].rstrip(".")
+    return first[:1].lower() + first[1:]
 
 
 def main() -> None:
