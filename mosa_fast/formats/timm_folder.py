@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE  # the names that timm looks for
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,7 +17,6 @@ from mosa_fast.data.preprocessing import Preprocessing
 from mosa_fast.formats.plain_model import MARK, PlainModel
 
 IS_FOLDER = True
-CONFIG, WEIGHTS = "config.json", "model.safetensors"  # as timm looks for them
 KEPT = ("first_conv", "classifier", "fixed_input_size")  # what timm says of an architecture, not of weights
 
 
@@ -42,10 +42,10 @@ def write(plain: PlainModel, path: Path) -> None:
         MARK: json.loads(plain.information()[MARK]),
     }
     path.mkdir()
-    (path / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (path / CONFIG_NAME).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     tensors = {name: tensor.clone().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, path / WEIGHTS, {"format": "pt"})
-    (path / WEIGHTS).chmod((path / CONFIG).stat().st_mode)  # safetensors lets nobody else read it
+    save_file(tensors, path / SAFETENSORS_SINGLE_FILE, {"format": "pt"})
+    (path / SAFETENSORS_SINGLE_FILE).chmod((path / CONFIG_NAME).stat().st_mode)  # safetensors lets nobody else read it
 
 
 def read(path: Path) -> Callable[[Tensor], Tensor]:
@@ -56,7 +56,7 @@ def read(path: Path) -> Callable[[Tensor], Tensor]:
 def is_export(path: Path) -> bool:
     """Whether `write` made it."""
     try:
-        return MARK in json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        return MARK in json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
 

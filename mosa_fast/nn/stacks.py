@@ -182,6 +182,6 @@ class LinearStack(TaskStack):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, ..., D]` to `[B, ..., most classes]`, -inf past a task's own."""
         tasks = self._tasks_of(x)
-        rows = x.reshape(x.shape[0], -1, x.shape[-1]).to(self.weight.dtype)  # float32 under a backbone in bfloat16
+        rows = x.reshape(x.shape[0], -1, x.shape[-1]).to(self.weight.dtype)  # heads may be float32 after half precision
         logits = torch.baddbmm(self.bias[tasks].unsqueeze(1), rows, self.weight[tasks].mT)
         return logits.view(*x.shape[:-1], -1)
