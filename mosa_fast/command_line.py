@@ -38,7 +38,7 @@ class Parser(ArgumentParser):
         wrong = re.search(r'Parser key "([\w.]+)":.*(?:Given value|Got value): (.*)$', message, re.DOTALL)
         words = words_of(TrainConfig, wrong[1]) if wrong else None
         if wrong and words:
-            fail(f"{wrong[1]} must be {words}, got {wrong[2].strip()}")
+            fail(f"{wrong[1]} must be {words}, got {' '.join(wrong[2].split())}")
         fail(" ".join(message.split()) + self._nearest(message))
 
     def _nearest(self, message: str) -> str:

@@ -75,6 +75,7 @@ def test_recipes(here, capsys, text, message):
         ("--adapter.seed=-1", "seed must be at least 0, got -1"),
         ("--seed=99999999999999999999", "seed must be at most 9,223,372,036,854,775,807, got 99999999999999999999"),
         ("--adapter.scale=nan", "adapter.scale must be a number or one of auto, trainable, got nan"),
+        ("--adapter.routing=a\nb", "adapter.routing must be one of random, fixed, got a b"),
         ("--loss.views=-1", "loss.views must be one of 1, 2, got -1"),
         ("--optim.epochs=1000000000000000000", "optim.epochs must be at most 1,000,000"),
         ("--optim.warmup_epochs=1.5", "optim.warmup_epochs 1.5 is longer than the run of 1 epochs"),
@@ -180,6 +181,7 @@ def test_a_broken_package_is_named_by_training_and_by_info(monkeypatch, capsys, 
 
 def test_a_backend_that_cannot_serve_is_refused_before_anything_is_replaced(here, monkeypatch, capsys):
     main(FAST)
+    monkeypatch.setattr(backends, "_selected", None)  # whatever another test has chosen for the whole process
     monkeypatch.setenv("MOSA_FAST_BACKEND", "triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if backends.unavailable_reason("triton") is None:
