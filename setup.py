@@ -63,6 +63,7 @@ setup(
     extras_require={
         "compare": ["peft>=0.17"],  # LoRA as a contender of the benchmarks
         "log": ["tensorboard>=2.17"],  # curves while a run is running; used where it is installed
+        "ray": ["ray>=2.40"],  # sweeps over several machines
         "test": ["hypothesis>=6.100", "pytest>=8", "pytest-benchmark>=5", "pytest-timeout>=2.3"],
         "dev": ["build>=1.2", "mypy>=1.15", "ninja>=1.11", "pre-commit>=4", "ruff>=0.14"],
     },
