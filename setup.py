@@ -69,6 +69,7 @@ setup(
         "int8": INT8,
         "log": ["tensorboard>=2.17"],  # curves while a run is running; used where it is installed
         "onnx": ONNX,
+        "ray": ["ray>=2.40"],  # sweeps over several machines
         "test": [
             "accelerate>=1.2",  # docs/use.md shows it
             *DATA,

@@ -10,6 +10,7 @@ own `grid` is taken.
 `--vary data.shots=10,50 optim.epochs=60,12`: every recipe is run with the first value of each option, then with the
 second; given again, with all combinations.
 `--records FILE`: a line of JSON for every finished run, with its commit.
+`--engine ray`: runs are tasks of a cluster (mosa_fast/sweep_ray.py).
 """
 
 from __future__ import annotations
@@ -17,89 +18,22 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from glob import glob
-from itertools import product
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from mosa_fast.config import TrainConfig
 from mosa_fast.files import write_atomically
-from mosa_fast.recipes import find_recipe, load_grid, load_recipe, packaged
+from mosa_fast.recipes import load_grid, load_recipe
 from mosa_fast.run_folder import RunFolder
-from mosa_fast.sweep_runs import Job, Records, Run, Summary, execute
+from mosa_fast.sweep_arguments import Grid, find_recipes, label, parse_grid, parse_seeds, parse_variants
+from mosa_fast.sweep_runs import Job, Records, Run, Start, Summary, as_process, execute
 from mosa_fast.sweep_search import Place, Search, best_of, everywhere, uphill
 from mosa_fast.sweep_table import Options, Results, Row, groups, make_rows, table
 
 HELD_BACK = ("--test=false", "--data.mode=tune")  # in a search validation images are held out, test images not read
-FOLDERS_OF_PARTS = ("base", "backbones", "methods")  # what recipes are made from
 SEARCHES = {"everywhere": everywhere, "uphill": uphill}
 TABLE = "table.md"
-
-Grid = Mapping[str, Sequence[Any]]  # values by option
-
-
-def find_recipes(patterns: Sequence[str]) -> dict[str, Path]:
-    """Recipes by name: files that the patterns match here, else in the installed package.
-
-    Raises:
-        ValueError: a pattern matches nothing.
-    """
-    found: dict[str, Path] = {}
-    for pattern in patterns:
-        paths = [Path(name) for name in sorted(glob(pattern))]
-        if not paths:
-            inside = pattern.removeprefix("configs/").removesuffix(".yaml")
-            paths = sorted(packaged().glob(f"{inside}.yaml"))
-        paths = [path for path in paths if path.is_file() and path.resolve().parent.name not in FOLDERS_OF_PARTS]
-        if not paths:
-            paths = [find_recipe(pattern)]
-        for path in paths:
-            name = f"{path.resolve().parent.name}/{path.stem}"
-            if found.setdefault(name, path) != path:
-                raise ValueError(f"two recipes are called {name}: {found[name]} and {path}")
-    return found
-
-
-def parse_grid(items: Sequence[str]) -> Grid:
-    """The grid from items like "optim.lr=1e-3,5e-3"."""
-    return dict(_axis("--grid", item) for item in items)
-
-
-def parse_variants(groups: Sequence[Sequence[str]]) -> dict[str, Options]:
-    """What every recipe is run with, by name: for each group one of its options' values, those at the same place.
-
-    Args:
-        groups: of items like "data.shots=10,50"; a variant is called by the first of each group.
-
-    Raises:
-        ValueError: an item is something else, the options of a group have different numbers of values, or two variants
-            would be called the same.
-    """
-    choices = []
-    for items in groups:
-        axes = [_axis("--vary", item) for item in items]
-        if len({len(values) for _, values in axes}) > 1:
-            raise ValueError(f"--vary needs as many values for each option, got {' '.join(items)}")
-        if len(set(axes[0][1])) < len(axes[0][1]):
-            raise ValueError(f"--vary: the values of {axes[0][0]} must differ")
-        options = [[f"--{key}={value}" for value in values] for key, values in axes]
-        choices.append(list(zip(*options, strict=True)))
-    return {_label(tuple(part[0] for part in parts)): sum(parts, ()) for parts in product(*choices)}
-
-
-def parse_seeds(text: str) -> list[int] | int:
-    """A number of seeds, or the seeds themselves from "1,2,3"."""
-    try:
-        seeds = [int(word) for word in text.split(",") if word]
-    except ValueError:
-        raise ValueError(f"--seeds must be a number of seeds, or seeds as in 1,2,3; got {text!r}") from None
-    if "," in text and seeds:
-        return seeds
-    if not seeds or seeds[0] < 1:
-        raise ValueError(f"--seeds must be at least 1, got {text}")
-    return seeds[0]
 
 
 def sweep(
@@ -113,6 +47,7 @@ def sweep(
     search_seeds: Sequence[int] | int | None = None,
     seed_options: Sequence[str] = ("seed",),
     records: Path | None = None,
+    start: Start = as_process,
 ) -> Results:
     """Run everything that is missing.
 
@@ -126,6 +61,7 @@ def sweep(
         search_seeds: of the runs at each point of the grid, whose mean counts; None: one run with the recipe's own.
         seed_options: options that get a run's seed.
         records: file that gets a line for every finished run.
+        start: what trains.
 
     Raises:
         ValueError: a folder holds a run with other settings.
@@ -135,7 +71,7 @@ def sweep(
     def run(row: Row, point: Options, seed: int | None, *, is_search: bool) -> Run:
         own = () if seed is None else tuple(f"--{option}={seed}" for option in seed_options)
         options = (*row.options, *point, *(HELD_BACK if is_search else ()), *own)
-        where = ("search", row.name, row.variant, _label(point)) if is_search else (row.name, row.variant)
+        where = ("search", row.name, row.variant, label(point)) if is_search else (row.name, row.variant)
         folder = RunFolder(out.joinpath(*where, *(() if seed is None else (f"seed{seed}",))))
         labels = {"recipe": row.name, "options": [*row.options, *point], "seed": seed, "search": is_search}
         return Run(row.recipe, options, folder, "val_accuracy" if is_search else "test_accuracy", labels)
@@ -170,7 +106,7 @@ def sweep(
         best = best_of(known)
         edges = [o for (o, own), i in zip(values.items(), best, strict=True) if len(own) > 1 and i in (0, len(own) - 1)]
         note = f" (at the edge of the grid: {', '.join(edges)})" if edges else ""
-        print(f"{row.title}: {_label(point(best))} is best on validation, {known[best]:.2f} %{note}", flush=True)
+        print(f"{row.title}: {label(point(best))} is best on validation, {known[best]:.2f} %{note}", flush=True)
         return point(best)
 
     def job(row: Row) -> Job[list[Summary | None]]:
@@ -188,7 +124,7 @@ def sweep(
         return found
 
     results = Results()
-    for row, summaries in zip(rows, execute([*map(job, rows)], processes, Records(records)), strict=True):
+    for row, summaries in zip(rows, execute([*map(job, rows)], processes, Records(records), start), strict=True):
         results.accuracies[row.title] = [None if summary is None else summary["test_accuracy"] for summary in summaries]
         for summary in summaries:
             if summary is not None and "trained_weights" in summary:
@@ -201,13 +137,6 @@ def _spread(seeds: Sequence[int] | int, first: int) -> Sequence[int]:
     return range(first, first + seeds) if isinstance(seeds, int) else seeds
 
 
-def _axis(flag: str, item: str) -> tuple[str, list[str]]:
-    key, _, values = item.partition("=")
-    if not key or not all(values.split(",")):
-        raise ValueError(f"{flag} must look like optim.lr=1e-3,5e-3, got {item!r}")
-    return key, values.split(",")
-
-
 def _size(value: str) -> float:
     """Of an option's value, where it is a number."""
     try:
@@ -216,8 +145,24 @@ def _size(value: str) -> float:
         return 0.0
 
 
-def _label(point: Options) -> str:
-    return "-".join(option.removeprefix("--").replace("/", "_") for option in point)
+def engine(arguments: argparse.Namespace) -> tuple[Start, int]:
+    """What trains, and how many runs at the same time.
+
+    Raises:
+        ValueError: a number is too small, or the engine is not there.
+    """
+    if arguments.processes is not None and arguments.processes < 1:
+        raise ValueError(f"--processes must be at least 1, got {arguments.processes}")
+    if arguments.engine == "ray":
+        from mosa_fast.sweep_ray import as_tasks, fitting
+
+        start = as_tasks(arguments.cpus, arguments.gpus)
+        return start, arguments.processes or fitting(arguments.cpus, arguments.gpus)
+    processes = arguments.processes or 1
+    if processes > 1:
+        threads = max(1, (os.cpu_count() or 1) // processes)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # the runs inherit it
+    return as_process, processes
 
 
 def main() -> None:
@@ -242,16 +187,19 @@ def main() -> None:
         default=[],
         help="run each recipe with the first value of each option, then with the second: data.shots=10,50 ...",
     )
-    parser.add_argument("--processes", type=int, default=1, help="runs at the same time, which divide the cores (1)")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        help="runs at the same time, which divide the cores (1; ray: what the cluster has room for)",
+    )
+    parser.add_argument("--engine", choices=("processes", "ray"), default="processes", help="what trains (processes)")
+    parser.add_argument("--cpus", type=float, default=1, help="engine ray: CPUs that each run asks for (1)")
+    parser.add_argument("--gpus", type=float, default=0, help="engine ray: GPUs that each run asks for (0)")
     parser.add_argument("--records", type=Path, help="append a line of JSON for every finished run to this file")
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"), help="folder of the runs (runs/sweep)")
     arguments, options = parser.parse_known_args()
     try:
-        if arguments.processes < 1:
-            raise ValueError(f"--processes must be at least 1, got {arguments.processes}")
-        if arguments.processes > 1:
-            threads = max(1, (os.cpu_count() or 1) // arguments.processes)
-            os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # the runs inherit it
+        start, processes = engine(arguments)
         rows = make_rows(find_recipes(arguments.configs), tuple(options), parse_variants(arguments.vary))
         grid = None if arguments.grid == [] else parse_grid(arguments.grid or [])
         results = sweep(
@@ -259,11 +207,12 @@ def main() -> None:
             parse_seeds(arguments.seeds),
             grid,
             arguments.out,
-            arguments.processes,
+            processes,
             search=arguments.search,
             search_seeds=parse_seeds(arguments.search_seeds) if arguments.search_seeds else None,
             seed_options=arguments.seed_options,
             records=arguments.records,
+            start=start,
         )
         text = table(results, groups(rows))
     except ValueError as error:

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -24,6 +24,7 @@ KEPT = (  # of a run's summary, in its record
 )
 
 Summary = dict[str, Any]
+Start = Callable[[Sequence[str]], int]  # trains as the words of a command line say, and gives its exit code
 T = TypeVar("T")
 # Gives runs, gets their summaries (None: it failed), until it returns what it found.
 Job = Generator[list["Run"], list[Summary | None], T]
@@ -63,8 +64,11 @@ class Run:
         summary = _read(self.folder.read_summary)
         return summary if kept is not None and summary is not None and summary.get(self.result) is not None else None
 
-    def execute(self) -> Summary | None:
+    def execute(self, start: Start) -> Summary | None:
         """Train unless it is done; the summary, or None if the run failed.
+
+        Args:
+            start: what trains.
 
         Raises:
             KeyboardInterrupt: the run was told to stop.
@@ -74,7 +78,7 @@ class Run:
             return done
         self.folder.write_sweep(self.identity() | {"commit": commit()})
         words = ["--config", str(self.recipe), *self.options, "--resume", f"--out={self.folder}"]
-        code = subprocess.run([sys.executable, "-m", "mosa_fast.train", *words]).returncode
+        code = start(words)
         if code in STOPPED or code < 0:
             raise KeyboardInterrupt
         return self.summary() if code == 0 else None
@@ -105,8 +109,19 @@ class Records:
                 file.write(json.dumps(record) + "\n")
 
 
-def execute(jobs: Sequence[Job[T]], processes: int, records: Records) -> list[T]:
+def as_process(words: Sequence[str]) -> int:
+    """Train in a process of its own on this machine; its exit code."""
+    return subprocess.run([sys.executable, "-m", "mosa_fast.train", *words]).returncode
+
+
+def execute(jobs: Sequence[Job[T]], processes: int, records: Records, start: Start = as_process) -> list[T]:
     """What the jobs return. A free process always takes a run of the first job that has one.
+
+    Args:
+        jobs: the first come first.
+        processes: runs at the same time.
+        records: gets every finished run.
+        start: what trains.
 
     Raises:
         ValueError: a folder holds a run with other settings.
@@ -129,13 +144,13 @@ def execute(jobs: Sequence[Job[T]], processes: int, records: Records) -> list[T]
 
     for job in range(len(jobs)):
         advance(job)
-    pool = ThreadPoolExecutor(processes)  # its threads wait for processes
+    pool = ThreadPoolExecutor(processes)  # its threads wait for trainings
     try:
         while len(found) < len(jobs):
             for job in sorted(waiting):
                 while waiting[job] and len(running) < processes:
                     place, run = waiting[job].popleft()
-                    running[pool.submit(run.execute)] = (job, place, run)
+                    running[pool.submit(run.execute, start)] = (job, place, run)
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 job, place, run = running.pop(future)
@@ -145,7 +160,7 @@ def execute(jobs: Sequence[Job[T]], processes: int, records: Records) -> list[T]
                 if not waiting[job] and all(other != job for other, _, _ in running.values()):
                     advance(job)
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
     return [found[job] for job in range(len(jobs))]
 
 

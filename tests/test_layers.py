@@ -27,8 +27,8 @@ LAYERS = (
     "mosa_fast",  # the package's own __init__: what users import
     "training formats",
     # command lines
-    "train evaluate predict export sweep sweep_runs sweep_search sweep_table info __main__",
-    "assets.pretrain assets.drawings",
+    "train evaluate predict export info __main__ assets.pretrain assets.drawings "
+    "sweep sweep_arguments sweep_ray sweep_runs sweep_search sweep_table",
 )
 
 

@@ -10,7 +10,8 @@ from mosa_fast import sweep as module
 from mosa_fast import sweep_runs
 from mosa_fast.data import digits
 from mosa_fast.run_folder import RunFolder
-from mosa_fast.sweep import find_recipes, main, parse_grid, parse_seeds, parse_variants, sweep
+from mosa_fast.sweep import main, sweep
+from mosa_fast.sweep_arguments import find_recipes, parse_grid, parse_seeds, parse_variants
 from mosa_fast.sweep_runs import Run
 from mosa_fast.sweep_table import Results, groups, make_rows, table
 from mosa_fast.train import main as train_main
@@ -95,7 +96,7 @@ def test_results_of_other_settings_are_not_taken_for_these(tmp_path, trainings):
     recipe = tmp_path / "own.yaml"
     recipe.write_text("seed: 5\n")
     run = Run(recipe, (), RunFolder(tmp_path / "run"), "test_accuracy")
-    run.execute()
+    run.execute(sweep_runs.as_process)
     recipe.write_text("seed: 6\n")
     with pytest.raises(ValueError, match="other settings"):
         run.summary()
