@@ -110,6 +110,19 @@ def accuracy_table(results: dict[str, Any]) -> str:
     )
 
 
+def reliability_table(campaigns: dict[str, Any]) -> str:
+    """What the README shows of results/campaign.json: what was tried at random, and how often it went as it should."""
+    rows = [
+        (
+            name + (f" ({found['kills']} kills)" if "kills" in found else ""),
+            f"{found['tried']:,}",
+            f"{found['right']:,}",
+        )
+        for name, found in campaigns.items()
+    ]
+    return markdown_table(("campaign", "tried", "right"), rows)
+
+
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
 

@@ -4,16 +4,18 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 README = Path(__file__).parent.parent / "README.md"
 
 
-def test_the_table_is_that_of_the_results():
-    from benchmarks.report import accuracy_table
+@pytest.mark.parametrize(("file", "table"), [("digits", "accuracy_table"), ("campaign", "reliability_table")])
+def test_the_tables_are_those_of_the_results(file, table):
+    from benchmarks import report
     from benchmarks.results import FOLDER
 
-    assert accuracy_table(json.loads((FOLDER / "digits.json").read_text())) in README.read_text()
+    assert getattr(report, table)(json.loads((FOLDER / f"{file}.json").read_text())) in README.read_text()
 
 
 def test_the_code_example_runs(tmp_path, monkeypatch):
