@@ -26,6 +26,7 @@ def cluster(monkeypatch):
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # on a busy machine Ray's 15 would take forever
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     workers = [cluster.add_node(num_cpus=1) for _ in range(2)]
