@@ -61,7 +61,7 @@ NAN, INFINITE = float("nan"), float("inf")
         (
             DataConfig,
             {"name": "imagenet"},
-            r"data\.name must be one of digits, fashion_mnist, folder, fgvc, vtab, gicd, got 'imagenet'",
+            r"data\.name must be one of digits, fashion_mnist, folder, fgvc, vtab, gicd, timm, got 'imagenet'",
         ),
         (DataConfig, {"workers": "4"}, r"data\.workers must be a whole number, got '4'"),
         (DataConfig, {"image_size": 0}, r"data\.image_size must be at least 1, got 0"),

@@ -6,10 +6,13 @@ Tensors are named as timm names the modules they belong to, whatever wraps these
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Sequence
+import hashlib
+import json
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -22,6 +25,8 @@ from mosa_fast.backbones.identity import arguments_of, name_of
 from mosa_fast.config import MoSAConfig
 from mosa_fast.files import write_atomically
 from mosa_fast.nn import SparseProjection
+
+DIGEST = "sha256"  # the key of the metadata that tells a damaged file
 
 
 def save_adapter(model: nn.Module, path: str | Path) -> None:
@@ -41,6 +46,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     model = unwrapped(model)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained_state(model).items()}
     texts = metadata_of(model, tensors).to_texts()
+    texts[DIGEST] = content_digest(tensors, texts)
     write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, texts))
 
 
@@ -103,9 +109,22 @@ def load_adapter(model: nn.Module, path: str | Path) -> AdaptedModel:
 def read_adapter(path: Path) -> tuple[dict[str, Tensor], Metadata]:
     """What an adapter file holds, by timm name, and what it says of itself; it raises what `read_metadata` does."""
     with open_adapter(path) as handle:
-        metadata = Metadata.from_texts(handle.metadata() or {}, str(path))
+        texts = handle.metadata() or {}
+        metadata = Metadata.from_texts(texts, str(path))
         tensors: dict[str, Tensor] = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    # Files of earlier versions have neither versions nor a digest.
+    if (metadata.versions or DIGEST in texts) and texts.get(DIGEST) != content_digest(tensors, texts):
+        raise ValueError(f"{path} is broken: its contents are not what was written (sha256)")
     return tensors, metadata
+
+
+def content_digest(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
+    """Of everything in a file but itself, whatever the order."""
+    found = hashlib.sha256(json.dumps(sorted((k, v) for k, v in texts.items() if k != DIGEST)).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def check_adapter(

@@ -166,8 +166,8 @@ def main() -> None:
     from mosa_fast.data import load_data
 
     with one_line_errors():
-        check_packages()
         config, _ = parse(sys.argv[1:])
+        check_packages()
         # The size of the images does not matter here: they are decoded, not transformed.
         splits = load_data(config.data, config.data.image_size or 32, config.seed, strict=False)
     report, problems = check_splits(splits)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_vit import make_tiny_vit
 
 import mosa_fast as mosa
+from mosa_fast.adapters.adapter_file import DIGEST, content_digest
 from mosa_fast.adapters.metadata import FORMAT, read_metadata
 from mosa_fast.backbones.embedded import create_embedded
 from mosa_fast.data.preprocessing import cropped
@@ -87,10 +88,13 @@ def test_owner_ids_out_of_range_are_refused(tmp_path, images):
 
 
 def rewrite(path, **texts):
-    """Let a file have other metadata; None: without them."""
+    """Let a file have been written with other metadata; None: without them."""
     with safe_open(path, "pt") as handle:
-        texts = {**handle.metadata(), **texts}
-    save_file(load_file(path), path, {name: text for name, text in texts.items() if text is not None})
+        texts = {name: text for name, text in {**handle.metadata(), **texts}.items() if text is not None}
+    tensors = load_file(path)
+    if DIGEST in texts:
+        texts[DIGEST] = content_digest(tensors, texts)
+    save_file(tensors, path, texts)
 
 
 @pytest.fixture
@@ -175,7 +179,7 @@ def test_other_classes_are_refused(saved):
 
 def test_files_of_the_first_version_still_load(saved, images):
     model = mosa.load_adapter(make_tiny_vit(), saved).eval()
-    texts = ("backbone", "backbone_arguments", "fingerprint", "classes", "preprocessing", "versions")
+    texts = ("backbone", "backbone_arguments", "fingerprint", "classes", "preprocessing", "versions", DIGEST)
     rewrite(saved, **dict.fromkeys(texts))
     with safe_open(saved, "pt") as handle:
         assert handle.metadata().keys() == {"format", "config"}

@@ -51,7 +51,6 @@ def equal(first, second):
 
 @pytest.mark.parametrize("files", MANY)
 def test_adapter_files(tmp_path, files):
-    """A weight that was changed is a weight like another; what is not refused has the shapes of the model."""
     plain, path = make_tiny_vit(), tmp_path / "a.safetensors"
     model = adapt(copy.deepcopy(plain), MoSAConfig(bottleneck=2))
     save_adapter(model, path)
@@ -66,9 +65,7 @@ def test_adapter_files(tmp_path, files):
             except Exception as error:
                 tally.add(f"file {index}: {type(error).__name__}: {error}")
             else:
-                same = equal(found, expected)
-                fits = all(found[k].shape == expected[k].shape for k in expected)
-                tally.add(None if fits else f"file {index}: other shapes", equal=int(same), other_values=int(not same))
+                tally.add(None if equal(found, expected) else f"file {index}: other values", equal=1)
 
 
 @pytest.mark.parametrize("files", MANY)
