@@ -91,18 +91,10 @@ def class_count(config: DataConfig) -> int:
         ValueError: there is no such data set.
     """
     _check_family(config)
-    count = getattr(_module(config.name), "count_classes", None)
-    if count is not None:
-        return count(config)
-    if config.task is not None:
-        return tasks(config.name)[config.task]
-    published = getattr(_module(config.name), "CLASSES", None)
-    if published is not None:
-        return published
-    train = _root(config) / "train"
-    if not train.is_dir():
-        raise ValueError(f"data.root is needed: {FAMILIES[config.name].root}")
-    return sum(entry.is_dir() for entry in train.iterdir())
+    module = _module(config.name)
+    if hasattr(module, "count_classes"):
+        return module.count_classes(config)
+    return module.CLASSES if config.task is None else module.TASKS[config.task]
 
 
 def tasks(family: str) -> dict[str, int]:

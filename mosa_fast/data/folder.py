@@ -37,6 +37,21 @@ def load_folder(config: DataConfig, wanted: Wanted) -> Splits:
     return Splits(data, val_data, test_data, data.targets, train.classes)
 
 
+def count_classes(config: DataConfig) -> int:
+    """Number of classes of the training images; ValueError where there is no such folder."""
+    folder = Path(config.root or "").expanduser() / "train"
+    if config.root is None or not folder.is_dir():
+        raise ValueError("data.root is needed, with a folder train in it")
+    return len(class_folders(folder))
+
+
+def class_folders(part: Path) -> list[str]:
+    """Names of the classes: the folders in a part, but for those that begin with a dot, or lead back to above it."""
+    above = (part.resolve(), *part.resolve().parents)
+    folders = (entry for entry in part.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(entry.name for entry in folders if entry.resolve() not in above)
+
+
 @dataclass
 class _Part:
     classes: list[str]
@@ -46,7 +61,7 @@ class _Part:
 def _read(folder: Path) -> _Part:
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}: data.root must hold train and test (val is optional)")
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    classes = class_folders(folder)
     samples, others = [], []
     for label, name in enumerate(classes):
         found = list(find_files(folder / name))

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from mosa_fast.config import DataConfig
-from mosa_fast.data import load_data
+from mosa_fast.data import class_count, load_data
 from mosa_fast.data.image_file import find_files, image_size, read_image
 from mosa_fast.data.loading import UNREADABLE
 from mosa_fast.data.memory import cache_decoded
@@ -138,3 +138,13 @@ def test_files_that_are_no_images_by_name_are_mentioned(tmp_path):
     (tmp_path / "train" / "b" / ".DS_Store").write_bytes(b"")
     with pytest.warns(UserWarning, match=r"left out, .* not those of images: .*notes\.txt and 1 more"):
         load_data(DataConfig(name="folder", root=str(tmp_path), val_fraction=0.25), 16, 0)
+
+
+@pytest.mark.parametrize("target", [".", "..", "../.."])
+def test_folders_that_are_no_classes_are_not_counted(tmp_path, target):
+    root = write_folder(tmp_path / "data")
+    (root / "train" / ".thumbnails").mkdir()
+    (root / "train" / "again").symlink_to(target)
+    config = DataConfig(name="folder", root=str(root), val_fraction=0.25)
+    assert load_data(config, 16, 0).classes == ["a", "b"]
+    assert class_count(config) == 2
