@@ -14,7 +14,7 @@ from mosa_fast.data.images import ImageArrays, ImageFiles
 from mosa_fast.data.parts import Splits
 
 
-class Fingerprint:
+class DataFingerprint:
     """Of every part of a data set: its number of images, and a digest of what they are.
 
     Files count by their path below `root`, label and size in bytes, so that the folder may move; images that another

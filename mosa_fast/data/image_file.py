@@ -13,18 +13,26 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 # What Pillow's decoders raise for files that are not, or not quite, images.
 UNREADABLE = (OSError, SyntaxError, EOFError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
 
 _ORIENTATION = 0x0112  # the EXIF tag
-_UPRIGHT = 1
-_TURNED = (5, 6, 7, 8)  # orientations in which width and height change places
+_TURNS = {  # what makes a picture upright, by its EXIF orientation (1 is upright)
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = (5, 6, 7, 8)  # orientations in which width and height change places
 _FULL_16_BIT = 65535
 
 
@@ -39,13 +47,20 @@ def read_image(source: str | Path | BinaryIO) -> Image.Image:
             be waited for), or does not hold an image whose range is known.
     """
     with _open(source) as image:
-        return to_rgb(image)
+        try:
+            return to_rgb(image)
+        except UNREADABLE:
+            raise
+        except Exception as error:  # Pillow's decoders raise errors of many kinds
+            raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """What `read_image` does to the opened image."""
-    if _orientation(image) != _UPRIGHT:
-        image = ImageOps.exif_transpose(image)
+    turn = _TURNS.get(_orientation(image))
+    if turn is not None:
+        # Pillow's exif_transpose would also write the EXIF data anew, and fails where they are odd.
+        image = image.transpose(turn)
     if image.mode == "F":
         raise ValueError("images of floating-point numbers have no known range: convert them to 8 or 16 bits")
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -62,7 +77,7 @@ def image_size(source: str | Path | BinaryIO) -> tuple[int, int]:
     """Width and height of what `read_image` gives, from the file's header; the same errors."""
     with _open(source) as image:
         width, height = image.size
-        return (height, width) if _orientation(image) in _TURNED else (width, height)
+        return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -104,7 +119,7 @@ def _find(
         return
     yield from (path for path in entries if not path.is_dir() and not path.name.startswith("."))
     for path in entries:
-        if path.is_dir():
+        if path.is_dir() and not path.name.startswith("."):
             yield from _find(path, (*above, here), onerror)
 
 
@@ -126,12 +141,11 @@ def _check_regular(path: str | Path) -> None:
         raise ValueError("not a regular file")
 
 
-def _orientation(image: Image.Image) -> int:
-    """What EXIF says; upright where there is none, or where it is damaged: that makes no image unreadable."""
+def _orientation(image: Image.Image) -> Any:
+    """What EXIF says; 1, upright, where there is none, or where it is damaged: that makes no image unreadable."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            value = image.getexif().get(_ORIENTATION, _UPRIGHT)
+            return image.getexif().get(_ORIENTATION, 1)
     except Exception:
-        return _UPRIGHT
-    return value if value in range(_UPRIGHT, 9) else _UPRIGHT
+        return 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,10 +26,13 @@ def cache_decoded(*datasets: Dataset[Any]) -> None:
         ValueError: a file cannot be read.
     """
     for dataset in datasets:
+        indices: Sequence[int] = range(len(dataset))  # type: ignore[arg-type]
         while isinstance(dataset, Subset):
+            indices = [dataset.indices[index] for index in indices]
             dataset = dataset.dataset
         if isinstance(dataset, ImageFiles) and not isinstance(dataset.loader, DecodedImages):
-            dataset.loader = DecodedImages(list(dict.fromkeys(key for key, _ in dataset.samples)), dataset.loader)
+            keys = dict.fromkeys(dataset.samples[index][0] for index in indices)
+            dataset.loader = DecodedImages(list(keys), dataset.loader)
 
 
 class DecodedImages:

@@ -62,14 +62,7 @@ def load_timm(config: DataConfig, wanted: Wanted) -> Splits:
     Raises:
         ValueError: there is no such data set or part, files or a package are missing, or it does not classify images.
     """
-    with _explained(config):
-        train = _first(config, config.train_split, TRAIN)
-        if train is None:
-            raise ValueError(f"{config.task} has no part {' or '.join(TRAIN)}: name it with data.train_split")
-        val = _first(config, config.val_split, VAL)
-        test = _first(config, config.test_split, TEST)
-    if test is None and config.val_split is None:
-        val, test = None, val
+    train, val, test = _published(config)
     kept = list(range(len(train.targets)))
     tested, test_part = None, train
     if test is None:
@@ -81,7 +74,7 @@ def load_timm(config: DataConfig, wanted: Wanted) -> Splits:
         validated, val_part, kept = [kept[i] for i in first], train, [kept[i] for i in second]
     else:
         validated, val_part = list(range(len(val.targets))), val
-    classes = _classes([train, val_part, test_part])
+    classes = _classes(train, val, test)
 
     def images(part: Part, indices: Sequence[int], transform: Transform) -> ImageFiles:
         return ImageFiles([(index, part.targets[index]) for index in indices], transform, part.image)
@@ -97,12 +90,19 @@ def load_timm(config: DataConfig, wanted: Wanted) -> Splits:
 
 
 def count_classes(config: DataConfig) -> int:
-    """Number of classes of the training part."""
+    """Number of classes."""
+    return len(_classes(*_published(config)))
+
+
+def _published(config: DataConfig) -> tuple[Part, Part | None, Part | None]:
+    """The parts to train on, to select with and to test on, as far as the data set has them."""
     with _explained(config):
         train = _first(config, config.train_split, TRAIN)
-    if train is None:
-        raise ValueError(f"{config.task} has no part {' or '.join(TRAIN)}: name it with data.train_split")
-    return len(_classes([train]))
+        if train is None:
+            raise ValueError(f"{config.task} has no part {' or '.join(TRAIN)}: name it with data.train_split")
+        val = _first(config, config.val_split, VAL)
+        test = _first(config, config.test_split, TEST)
+    return (train, None, val) if test is None and config.val_split is None else (train, val, test)
 
 
 def _first(config: DataConfig, given: str | None, usual: Sequence[str]) -> Part | None:
@@ -239,8 +239,9 @@ def _names(dataset: Any) -> list[str] | None:
     return None
 
 
-def _classes(parts: Sequence[Part]) -> list[str]:
+def _classes(*published: Part | None) -> list[str]:
     """Names by label, the numbers where there are none."""
+    parts = [part for part in published if part is not None]
     count = 1 + max(max(part.targets) for part in parts)
     names = next((part.classes for part in parts if part.classes and len(part.classes) >= count), None)
     return names or [str(label) for label in range(count)]

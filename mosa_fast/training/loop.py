@@ -16,7 +16,7 @@ from mosa_fast.adapters.metadata import versions
 from mosa_fast.backbones.create import input_size
 from mosa_fast.backbones.frozen import set_training
 from mosa_fast.config import TrainConfig
-from mosa_fast.data.fingerprint import Fingerprint
+from mosa_fast.data.fingerprint import DataFingerprint
 from mosa_fast.data.loading import batches, evaluation_loader, train_loader
 from mosa_fast.methods import METHODS
 from mosa_fast.run_folder import RunFolder
@@ -138,7 +138,7 @@ def train(
             config,
             ranks,
             model,
-            Fingerprint(splits, config.data.root),
+            DataFingerprint(splits, config.data.root),
             position,
             step=step,
             optimizer=optimizer,

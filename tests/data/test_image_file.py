@@ -3,7 +3,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mosa_fast.config import DataConfig
 from mosa_fast.data import class_count, load_data
@@ -40,13 +40,34 @@ def test_numbers_of_unknown_range_are_refused(tmp_path):
             read_image(path)
 
 
-def test_exif_turns_an_image_and_its_size(tmp_path):
+@pytest.mark.parametrize("orientation", range(10))
+def test_exif_turns_an_image_and_its_size(tmp_path, orientation):
     path = tmp_path / "turned.png"
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held so that the picture must be turned right by 90 degrees
+    exif[0x0112] = orientation
     Image.fromarray(COLOURS).save(path, exif=exif)
-    np.testing.assert_array_equal(pixels(read_image(path)), np.rot90(COLOURS, -1))
-    assert image_size(path) == read_image(path).size == (6, 4)
+    with Image.open(path) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    np.testing.assert_array_equal(pixels(read_image(path)), expected)
+    assert image_size(path) == read_image(path).size == expected.shape[1::-1]
+    if orientation == 6:  # the camera was held so that the picture must be turned right by 90 degrees
+        np.testing.assert_array_equal(expected, np.rot90(COLOURS, -1))
+
+
+def test_odd_exif_beside_the_orientation_is_passed_over(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "a description"
+    text = exif.tobytes()
+    place = text.index(b"\x01\x0e\x00\x02") if b"MM\x00*" in text else text.index(b"\x0e\x01\x02\x00")
+    kind = place + (3 if b"MM\x00*" in text else 2)
+    count = slice(place + 4, place + 8)
+    odd = bytearray(text)
+    odd[kind] = 5  # text that says it is a fraction
+    odd[count] = (1).to_bytes(4, "big" if b"MM\x00*" in text else "little")
+    Image.fromarray(COLOURS).save(tmp_path / "odd.jpg", exif=bytes(odd))
+    with Image.open(tmp_path / "odd.jpg") as image, pytest.raises((AttributeError, TypeError)):
+        ImageOps.exif_transpose(image)
+    assert read_image(tmp_path / "odd.jpg").size == (6, 4)
 
 
 def test_damaged_exif_makes_no_image_unreadable(tmp_path):
@@ -91,7 +112,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
 
 @pytest.mark.timeout(20)
 def test_links_are_followed_but_not_in_circles(tmp_path):
-    for name in ("b.png", "a.png", ".hidden.png", "inner/c.png"):
+    for name in ("b.png", "a.png", ".hidden.png", "inner/c.png", ".thumbnails/d.png"):
         (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(COLOURS).save(tmp_path / "images" / name)
     (tmp_path / "images" / "inner" / "back").symlink_to(tmp_path / "images")

@@ -112,6 +112,9 @@ def test_or_left_out_and_named(folder, capsys):
     named = capsys.readouterr().err
     assert "train/b/3.png cannot be read" in named
     assert "test/a/0.png cannot be read" in named
+    before = [splits.train[index][0].shape for index in range(11)]
+    cache_decoded(splits.train, splits.test)  # what was left out is not read again
+    assert [splits.train[index][0].shape for index in range(11)] == before
     for path in (folder / "train" / "a").iterdir():
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="class 'a' has no training image that can be read"):
