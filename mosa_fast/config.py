@@ -12,6 +12,7 @@ from mosa_fast.options import check_fields, check_value, facts_of, option
 MAX_EXPERTS = 255  # ids are uint8
 MAX_SEED = 2**63 - 1  # seeds are int64
 MAX_EPOCHS = 1_000_000
+MAX_IMAGE_SIZE = 16384
 MAX_BOTTLENECK = 65_536  # many times the width of any model
 
 Share = Literal["down", "up", "none"]
@@ -115,7 +116,7 @@ class DataConfig:
     """Mean and standard deviation of images from files: ImageNet's, as in the paper, or the backbone's own."""
     shots: int | None = option(50, low=1, families=("digits", "fashion_mnist"))
     """Training images per class (of digits at most 74). None: all of them."""
-    image_size: int | None = option(None, low=1)
+    image_size: int | None = option(None, low=1, cap=MAX_IMAGE_SIZE)
     """Side of the square images in pixels. None: what the backbone expects."""
     workers: int = option(2, low=0, free=True)
     """Processes that load images (none for digits and fashion_mnist)."""
