@@ -10,7 +10,11 @@ from hub_server import FakeHub
 from tiny_vit import make_tiny_vit
 
 import mosa_fast as mosa
+from mosa_fast.adapters.metadata import read_metadata
+from mosa_fast.backbones.create import create_backbone
 from mosa_fast.backbones.embedded import create_embedded
+from mosa_fast.backbones.identity import arguments_of
+from mosa_fast.config import ModelConfig
 from mosa_fast.data.preprocessing import squashed
 
 CLASSES = ["ant", "bee", "cat"]
@@ -64,6 +68,23 @@ def test_a_backbone_can_be_given_and_has_to_be_the_right_one(tmp_path):
     other.norm.bias.data += 1
     with pytest.raises(ValueError, match=r"another backbone: .* other weights in norm\.bias"):
         mosa.AdaptedModel.from_pretrained(tmp_path, other)
+
+
+def test_a_backbone_that_was_made_in_an_unknown_way_is_not_guessed(tmp_path):
+    backbone = make_tiny_vit(img_size=16)  # not what timm would make of the name alone
+    backbone.__dict__.pop("_model_args", None)  # timm 1.0.20 keeps none
+    mosa.adapt(backbone).save_pretrained(tmp_path)
+    assert read_metadata(tmp_path / "adapter.safetensors").backbone_arguments is None
+    with pytest.raises(ValueError, match="does not say how its backbone is made: give the backbone"):
+        mosa.AdaptedModel.from_pretrained(tmp_path)
+    assert ", backbone=backbone)" in (tmp_path / "README.md").read_text()
+
+
+def test_a_backbone_of_this_package_says_how_it_is_made(tmp_path):
+    backbones = create_embedded(3, drop_path_rate=0.1), create_backbone(ModelConfig("test_vit", pretrained=False), 3)
+    made = [arguments_of(backbone) for backbone in backbones]
+    assert made[0] == {"drop_path_rate": 0.1}
+    assert made[1] is not None
 
 
 def test_what_cannot_be_loaded_is_one_clear_error(tmp_path, monkeypatch):
