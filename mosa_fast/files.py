@@ -41,6 +41,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     _sync(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """`write_atomically` of a text, in UTF-8."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a temporary folder of files beside `path`, force it to the disk, and rename it to `path`.
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from mosa_fast.files import write_folder_atomically
+from mosa_fast.files import write_folder_atomically, write_text
 
 
 def writer(text):
@@ -46,3 +46,11 @@ def test_a_link_to_a_folder_stays_a_link_and_what_it_leads_to_is_replaced(tmp_pa
     assert link.is_symlink()
     assert (tmp_path / "disk" / "target" / "weights").read_text() == "new"
     assert (os.listdir(tmp_path / "disk"), sorted(os.listdir(tmp_path))) == (["target"], ["disk", "link"])
+
+
+def test_a_text_is_utf_8_whatever_the_locale_and_replaces_the_earlier_one_as_a_whole(tmp_path):
+    path = tmp_path / "new" / "text"
+    write_text(path, "a longer text")
+    write_text(path, "Möwe")
+    assert path.read_bytes() == "Möwe".encode()
+    assert os.listdir(path.parent) == ["text"]

@@ -17,7 +17,7 @@ from mosa_fast.adapters.metadata import read_metadata
 from mosa_fast.adapters.model import AdaptedModel
 from mosa_fast.adapters.model_card import model_card
 from mosa_fast.backbones.identity import make_again
-from mosa_fast.files import write_atomically
+from mosa_fast.files import write_text
 from mosa_fast.run_folder import RunFolder
 
 ADAPTER = RunFolder("").adapter.name  # so that the folder of a run can be loaded, too
@@ -47,8 +47,8 @@ def save_pretrained(model: nn.Module, folder: str | Path, run: str | Path | None
     save_adapter(model, folder / ADAPTER)
     metadata = read_metadata(folder / ADAPTER)
     facts = {key: value for key, value in metadata.to_dict().items() if key != "fingerprint"}
-    _write(folder / CONFIG, json.dumps({"library_name": "mosa_fast", **facts}, indent=2, ensure_ascii=False) + "\n")
-    _write(folder / CARD, model_card(metadata, name or str(folder), summary))
+    write_text(folder / CONFIG, json.dumps({"library_name": "mosa_fast", **facts}, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / CARD, model_card(metadata, name or str(folder), summary))
 
 
 def load_pretrained(
@@ -102,7 +102,3 @@ def _adapter_file(name_or_folder: str | Path, revision: str | None, token: str |
     except Exception as error:  # the hub's client raises errors of many kinds, and not all of them are public
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{name_or_folder} is no folder, and the Hub does not give its {ADAPTER}: {reason}") from None
-
-
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
