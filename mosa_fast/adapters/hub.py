@@ -1,7 +1,7 @@
 """Adapters as a folder to share, on a disk or on the Hugging Face Hub (docs/sharing.md).
 
-The folder holds the adapter file, which is all that loading reads, and for people and the Hub its facts as JSON and a
-model card.
+The folder holds the adapter file, which is all that loading reads, and for people and the Hub a few facts as JSON and
+a model card.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from mosa_fast.adapters.adapter_file import load_adapter, save_adapter
+from mosa_fast.adapters.adapter_file import load_adapter, read_adapter, save_adapter, trained_state
 from mosa_fast.adapters.metadata import read_metadata
-from mosa_fast.adapters.model import AdaptedModel
+from mosa_fast.adapters.model import AdaptedModel, adapters
 from mosa_fast.adapters.model_card import model_card
 from mosa_fast.backbones.identity import make_again
 from mosa_fast.files import write_text
@@ -35,19 +37,21 @@ def save_pretrained(model: nn.Module, folder: str | Path, run: str | Path | None
         name: what the model card says that the model is loaded by; the folder's own path where it is empty.
 
     Raises:
-        ValueError: the model has no adapters, or `run` is not the folder of a finished run.
+        ValueError: the model has no adapters, or `run` is not the folder of a finished run, or trained another model;
+            nothing is written then.
         OSError: a file cannot be written.
     """
     folder = Path(folder)
-    summary = None
-    if run is not None:
-        if not RunFolder(run).is_finished:
-            raise ValueError(f"{run} is not the folder of a finished run")
-        summary = RunFolder(run).read_summary()
+    summary = None if run is None else _summary_of(model, RunFolder(run))
     save_adapter(model, folder / ADAPTER)
     metadata = read_metadata(folder / ADAPTER)
-    facts = {key: value for key, value in metadata.to_dict().items() if key != "fingerprint"}
-    write_text(folder / CONFIG, json.dumps({"library_name": "mosa_fast", **facts}, indent=2, ensure_ascii=False) + "\n")
+    facts = {
+        "library_name": "mosa_fast",
+        "library_version": metadata.versions["mosa_fast"],
+        "backbone": metadata.backbone,
+        "config": metadata.config.to_dict(),
+    }
+    write_text(folder / CONFIG, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     write_text(folder / CARD, model_card(metadata, name or str(folder), summary))
 
 
@@ -89,6 +93,30 @@ def push_to_hub(
         save_pretrained(model, folder, run, name=made.repo_id)
         api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=commit_message)
     return str(made)
+
+
+def _summary_of(model: nn.Module, run: RunFolder) -> dict[str, Any]:
+    """The numbers of the run that trained a model; ValueError where it is not finished or trained another."""
+    config = next(adapters(model)).config
+    if not run.is_finished:
+        raise ValueError(f"{run} is not the folder of a finished run")
+    if not run.adapter.is_file():
+        raise ValueError(f"{run} did not train this model: it has no {run.adapter.name}")
+    tensors, metadata = read_adapter(run.adapter)
+    own = trained_state(model)
+    different = sorted(own.keys() ^ tensors.keys())
+    different += [name for name in own if name in tensors and not _same(own[name].detach().cpu(), tensors[name])]
+    if metadata.config != config:
+        different.insert(0, "the configuration of the adapters")
+    if different:
+        more = f" and {len(different) - 1} more" if len(different) > 1 else ""
+        raise ValueError(f"{run} did not train this model: they differ in {different[0]}{more}")
+    return run.read_summary()
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have the same values, but for what one of them lost in a shorter dtype."""
+    return torch.equal(first, second.to(first.dtype)) or torch.equal(first.to(second.dtype), second)
 
 
 def _adapter_file(name_or_folder: str | Path, revision: str | None, token: str | None) -> Path:

@@ -51,12 +51,12 @@ def test_a_shared_folder_is_the_model_again_on_a_backbone_that_is_made_for_it(tm
     assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "new/folder/config.json").read_text()
 
 
-def test_the_config_is_the_files_facts(tmp_path):
+def test_the_config_says_what_it_is_and_leaves_the_rest_to_the_adapter_file(tmp_path):
     make_shared().save_pretrained(tmp_path)
     facts = json.loads((tmp_path / "config.json").read_text())
-    assert facts["library_name"] == "mosa_fast"
-    assert (facts["backbone"], facts["classes"]) == ("embedded", CLASSES)
-    assert mosa.MoSAConfig.from_dict(facts["config"]) == mosa.MoSAConfig(bottleneck=4)
+    assert mosa.MoSAConfig.from_dict(facts.pop("config")) == mosa.MoSAConfig(bottleneck=4)
+    assert facts == {"library_name": "mosa_fast", "library_version": mosa.__version__, "backbone": "embedded"}
+    assert read_metadata(tmp_path / "adapter.safetensors").classes == CLASSES
 
 
 def test_a_backbone_can_be_given_and_has_to_be_the_right_one(tmp_path):
