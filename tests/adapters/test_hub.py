@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from hub_server import FakeHub
+from PIL import ExifTags, Image
 from tiny_vit import make_tiny_vit
 
 import mosa_fast as mosa
@@ -15,7 +16,9 @@ from mosa_fast.backbones.create import create_backbone
 from mosa_fast.backbones.embedded import create_embedded
 from mosa_fast.backbones.identity import arguments_of
 from mosa_fast.config import ModelConfig
+from mosa_fast.data.image_file import read_image
 from mosa_fast.data.preprocessing import squashed
+from mosa_fast.data.transforms import evaluation_transform
 
 CLASSES = ["ant", "bee", "cat"]
 
@@ -119,6 +122,19 @@ def test_the_card_says_what_is_known_and_its_header_is_yaml(tmp_path):
     mosa.adapt(make_tiny_vit()).save_pretrained(tmp_path)
     header = (tmp_path / "README.md").read_text().split("---\n")[1]
     assert yaml.safe_load(header)["base_model"] == "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+
+
+def test_the_cards_example_reads_images_as_training_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photo = Image.effect_noise((40, 30), 64)
+    exif = photo.getexif()
+    exif[ExifTags.Base.Orientation] = 6  # a phone that was held upright
+    photo.save("image.jpg", exif=exif)
+    make_shared().save_pretrained("shared")
+    example = (tmp_path / "shared" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    scope = {}
+    exec(example, scope)
+    assert torch.equal(scope["image"], evaluation_transform(squashed(32))(read_image("image.jpg")))
 
 
 ROUND_TRIP = """
