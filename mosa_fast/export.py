@@ -74,8 +74,8 @@ def export_run(run: FinishedRun, format: str, out: Path) -> Exported:
         out: the file or folder; an earlier export of the same format is replaced.
 
     Raises:
-        ValueError: there is something else at `out`, the format cannot hold the model, or the difference is greater
-            than the tolerance; nothing is written then.
+        ValueError: there is something else at `out`, or in the folder there, the format cannot hold the model, or the
+            difference is greater than the tolerance; nothing is written then.
     """
     import torch
 

@@ -41,14 +41,22 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     _sync(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """`write_atomically` of a text, in UTF-8."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a temporary folder of files beside `path`, force it to the disk, and rename it to `path`.
 
-    A folder that is at `path` is replaced; a crash at that very moment leaves it beside the new one's place.
+    A folder that is at `path` is replaced; a crash at that very moment leaves it beside the new one's place. A symbolic
+    link stays one: the folder that it leads to is replaced.
 
     Raises:
+        ValueError: the folder at `path` has entries that the new one has not, which would be lost; it stays as it is.
         OSError: it cannot be written; the folder that was there is still there.
     """
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:
@@ -56,6 +64,11 @@ def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None
         for entry in (*temporary.iterdir(), temporary):
             _sync(entry)
         if path.exists():
+            lost = sorted(
+                entry.name for entry in path.iterdir() if entry.is_dir() or not (temporary / entry.name).exists()
+            )
+            if lost:
+                raise ValueError(f"{path} is not replaced: what else is in it would be lost ({', '.join(lost)})")
             path.replace(old)
         temporary.replace(path)
     except BaseException:

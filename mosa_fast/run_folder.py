@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from mosa_fast.files import write_atomically
+from mosa_fast.files import write_text
 
 
 class RunFolder:
@@ -136,11 +136,11 @@ class RunFolder:
         """Keep the resolved configuration."""
         import yaml
 
-        _write(self.config, yaml.safe_dump(config, sort_keys=False))
+        write_text(self.config, yaml.safe_dump(config, sort_keys=False))
 
     def write_classes(self, classes: list[str]) -> None:
         """Keep the names of the classes."""
-        _write(self.classes, json.dumps(classes, indent=0, ensure_ascii=False) + "\n")
+        write_text(self.classes, json.dumps(classes, indent=0, ensure_ascii=False) + "\n")
 
     def read_classes(self) -> list[str]:
         """The inverse of `write_classes`.
@@ -155,7 +155,7 @@ class RunFolder:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Keep all numbers of a run."""
-        _write(self.summary, json.dumps(summary, indent=2) + "\n")
+        write_text(self.summary, json.dumps(summary, indent=2) + "\n")
 
     def read_summary(self) -> dict[str, Any]:
         """The inverse of `write_summary`.
@@ -167,15 +167,11 @@ class RunFolder:
 
     def write_sweep(self, identity: dict[str, Any]) -> None:
         """Keep what a sweep asks for."""
-        _write(self.sweep, json.dumps(identity, indent=2) + "\n")
+        write_text(self.sweep, json.dumps(identity, indent=2) + "\n")
 
     def read_sweep(self) -> dict[str, Any]:
         """The inverse of `write_sweep`; it raises what `read_summary` does."""
         return _read_json(self.sweep)
-
-
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _read_json(path: Path) -> Any:

@@ -140,6 +140,12 @@ def test_only_an_earlier_export_is_replaced(digits_run, tmp_path, command):
     assert command(main, "--run", digits_run, "--format", "timm", "--out", out)[0] == 0
     assert (out / "model.safetensors").stat().st_ino != before
     assert command(main, "--run", digits_run, "--format", "onnx", "--out", out)[0] == 2
+    (out / "README.md").write_text("mine")
+    code, _, error = command(main, "--run", digits_run, "--format", "timm", "--out", out)
+    assert code == 2
+    assert "export is not replaced: what else is in it would be lost (README.md)" in error
+    assert error.count("\n") == 1
+    assert (out / "README.md").read_text() == "mine"
     assert sorted(os.listdir(tmp_path)) == ["export", "file", "folder", "pipe"]
 
 

@@ -1,7 +1,7 @@
 """Adapters as a folder to share, on a disk or on the Hugging Face Hub (docs/sharing.md).
 
-The folder holds the adapter file, which is all that loading reads, and for people and the Hub its facts as JSON and a
-model card.
+The folder holds the adapter file, which is all that loading reads, and for people and the Hub a few facts as JSON and
+a model card.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from mosa_fast.adapters.adapter_file import load_adapter, save_adapter
+from mosa_fast.adapters.adapter_file import load_adapter, read_adapter, save_adapter, trained_state
 from mosa_fast.adapters.metadata import read_metadata
-from mosa_fast.adapters.model import AdaptedModel
+from mosa_fast.adapters.model import AdaptedModel, adapters
 from mosa_fast.adapters.model_card import model_card
 from mosa_fast.backbones.identity import make_again
-from mosa_fast.files import write_atomically
+from mosa_fast.files import write_text
 from mosa_fast.run_folder import RunFolder
 
 ADAPTER = RunFolder("").adapter.name  # so that the folder of a run can be loaded, too
@@ -35,20 +37,22 @@ def save_pretrained(model: nn.Module, folder: str | Path, run: str | Path | None
         name: what the model card says that the model is loaded by; the folder's own path where it is empty.
 
     Raises:
-        ValueError: the model has no adapters, or `run` is not the folder of a finished run.
+        ValueError: the model has no adapters, or `run` is not the folder of a finished run, or trained another model;
+            nothing is written then.
         OSError: a file cannot be written.
     """
     folder = Path(folder)
-    summary = None
-    if run is not None:
-        if not RunFolder(run).is_finished:
-            raise ValueError(f"{run} is not the folder of a finished run")
-        summary = RunFolder(run).read_summary()
+    summary = None if run is None else _summary_of(model, RunFolder(run))
     save_adapter(model, folder / ADAPTER)
     metadata = read_metadata(folder / ADAPTER)
-    facts = {key: value for key, value in metadata.to_dict().items() if key != "fingerprint"}
-    _write(folder / CONFIG, json.dumps({"library_name": "mosa_fast", **facts}, indent=2, ensure_ascii=False) + "\n")
-    _write(folder / CARD, model_card(metadata, name or str(folder), summary))
+    facts = {
+        "library_name": "mosa_fast",
+        "library_version": metadata.versions["mosa_fast"],
+        "backbone": metadata.backbone,
+        "config": metadata.config.to_dict(),
+    }
+    write_text(folder / CONFIG, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / CARD, model_card(metadata, name or str(folder), summary))
 
 
 def load_pretrained(
@@ -91,6 +95,30 @@ def push_to_hub(
     return str(made)
 
 
+def _summary_of(model: nn.Module, run: RunFolder) -> dict[str, Any]:
+    """The numbers of the run that trained a model; ValueError where it is not finished or trained another."""
+    config = next(adapters(model)).config
+    if not run.is_finished:
+        raise ValueError(f"{run} is not the folder of a finished run")
+    if not run.adapter.is_file():
+        raise ValueError(f"{run} did not train this model: it has no {run.adapter.name}")
+    tensors, metadata = read_adapter(run.adapter)
+    own = trained_state(model)
+    different = sorted(own.keys() ^ tensors.keys())
+    different += [name for name in own if name in tensors and not _same(own[name].detach().cpu(), tensors[name])]
+    if metadata.config != config:
+        different.insert(0, "the configuration of the adapters")
+    if different:
+        more = f" and {len(different) - 1} more" if len(different) > 1 else ""
+        raise ValueError(f"{run} did not train this model: they differ in {different[0]}{more}")
+    return run.read_summary()
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have the same values, but for what one of them lost in a shorter dtype."""
+    return torch.equal(first, second.to(first.dtype)) or torch.equal(first.to(second.dtype), second)
+
+
 def _adapter_file(name_or_folder: str | Path, revision: str | None, token: str | None) -> Path:
     path = Path(name_or_folder)
     if path.exists():
@@ -102,7 +130,3 @@ def _adapter_file(name_or_folder: str | Path, revision: str | None, token: str |
     except Exception as error:  # the hub's client raises errors of many kinds, and not all of them are public
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{name_or_folder} is no folder, and the Hub does not give its {ADAPTER}: {reason}") from None
-
-
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

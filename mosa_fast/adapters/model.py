@@ -186,14 +186,14 @@ class AdaptedModel(Wrapper):
         return {name: _prefix_patterns(patterns) for name, patterns in groups.items()}
 
     def save_pretrained(self, folder: str | Path, run: str | Path | None = None) -> None:
-        """Write a folder to share: the adapter file, its facts as config.json, and a model card (docs/sharing.md).
+        """Write a folder to share: the adapter file, config.json for the Hub, and a model card (docs/sharing.md).
 
         Args:
             folder: made where it is not there; `from_pretrained` reads it.
             run: folder of the run that trained the model: the card gets its data, accuracy and numbers of weights.
 
         Raises:
-            ValueError: `run` is not the folder of a finished run.
+            ValueError: `run` is not the folder of a finished run, or trained another model.
             OSError: a file cannot be written.
         """
         _hub().save_pretrained(self, folder, run)

@@ -16,11 +16,11 @@ USE = """\
 
 ```python
 import mosa_fast
+from mosa_fast.data.image_file import read_image
 from mosa_fast.data.transforms import evaluation_transform
-from PIL import Image
 
 {backbone}model = mosa_fast.AdaptedModel.from_pretrained({name}{argument}).eval()
-image = evaluation_transform(model.preprocessing)(Image.open("image.jpg"))
+image = evaluation_transform(model.preprocessing)(read_image("image.jpg"))
 print(model.classes[model(image[None]).argmax()])
 ```
 """

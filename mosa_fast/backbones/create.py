@@ -10,6 +10,7 @@ import timm
 from torch import nn
 
 from mosa_fast.backbones import embedded
+from mosa_fast.backbones.arguments import keep_arguments
 from mosa_fast.backbones.checkpoints import load_checkpoint
 from mosa_fast.backbones.heads import classifiers
 from mosa_fast.config import ModelConfig
@@ -46,7 +47,6 @@ def create_backbone(config: ModelConfig, num_classes: int, image_size: int | Non
         if image_size not in (None, embedded.IMAGE_SIZE):
             raise ValueError(f"the embedded backbone takes images of {embedded.IMAGE_SIZE} pixels, not {image_size}")
         model = embedded.create_embedded(num_classes, pretrained=from_timm, **arguments)
-        arguments |= embedded.SHAPE
     else:
         family(config.name)
         if image_size is not None:
@@ -63,8 +63,7 @@ def create_backbone(config: ModelConfig, num_classes: int, image_size: int | Non
                 if value:
                     raise ValueError(f"{option} must be 0 for {config.name}, which has no such thing in timm") from None
                 del arguments[unknown[1]]
-    if not hasattr(model, "_model_args"):  # timm 1.0.20 forgets them; who makes the model again needs them
-        model._model_args = arguments | {"num_classes": num_classes}
+    keep_arguments(model, arguments | {"num_classes": num_classes})
     if config.pretrained and config.checkpoint is not None:
         load_checkpoint(model, config.checkpoint, config.checkpoint_md5)
     for module in model.modules():

@@ -9,6 +9,8 @@ import timm
 from safetensors.torch import load_file
 from timm.models import VisionTransformer
 
+from mosa_fast.backbones.arguments import keep_arguments
+
 NAME = "embedded"  # what `model.name` calls it
 IMAGE_SIZE = 32
 # Arguments of timm's VisionTransformer.
@@ -31,6 +33,7 @@ def create_embedded(num_classes: int, *, pretrained: bool = False, **kwargs: Any
     """
     model = timm.create_model("vit_tiny_patch16_224", num_classes=num_classes, **SHAPE, **kwargs)
     assert isinstance(model, VisionTransformer)
+    keep_arguments(model, {"num_classes": num_classes, **SHAPE, **kwargs})
     # Not the weights that timm has for this architecture.
     settings: Any = model.pretrained_cfg
     settings = {**settings, "tag": NAME, "url": "", "hf_hub_id": None}

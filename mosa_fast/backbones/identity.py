@@ -9,6 +9,7 @@ import timm
 from torch import nn
 
 from mosa_fast.backbones import embedded
+from mosa_fast.backbones.arguments import keep_arguments
 
 
 def name_of(model: nn.Module) -> str | None:
@@ -26,9 +27,12 @@ def name_of(model: nn.Module) -> str | None:
 def arguments_of(model: nn.Module) -> dict[str, Any] | None:
     """What else the model was made with by timm.create_model, without the number of classes.
 
-    Timm 1.0.20 does not keep it: an empty dictionary. None: JSON could not hold it.
+    None: it is not known (timm 1.0.20 keeps nothing, `keep_arguments` does), or JSON could not hold it.
     """
-    arguments = {name: value for name, value in getattr(model, "_model_args", {}).items() if name != "num_classes"}
+    kept = getattr(model, "_model_args", None)
+    if kept is None:
+        return None
+    arguments = {name: value for name, value in kept.items() if name != "num_classes"}
     if name_of(model) == embedded.NAME:
         arguments = {name: value for name, value in arguments.items() if name not in embedded.SHAPE}
     try:
@@ -46,7 +50,9 @@ def make_again(name: str, arguments: dict[str, Any], num_classes: int) -> nn.Mod
     if name == embedded.NAME:
         return embedded.create_embedded(num_classes, pretrained=True, **arguments)
     try:
-        return timm.create_model(name, pretrained=True, num_classes=num_classes, **arguments)
+        model = timm.create_model(name, pretrained=True, num_classes=num_classes, **arguments)
     except Exception as error:  # the hub's clients raise errors of many kinds, and not all of them are public
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"timm cannot make {name} with pretrained weights ({reason}): give the backbone") from None
+    keep_arguments(model, arguments | {"num_classes": num_classes})
+    return model

@@ -7,11 +7,18 @@ import pytest
 import torch
 import yaml
 from hub_server import FakeHub
+from PIL import ExifTags, Image
 from tiny_vit import make_tiny_vit
 
 import mosa_fast as mosa
+from mosa_fast.adapters.metadata import read_metadata
+from mosa_fast.backbones.create import create_backbone
 from mosa_fast.backbones.embedded import create_embedded
+from mosa_fast.backbones.identity import arguments_of
+from mosa_fast.config import ModelConfig
+from mosa_fast.data.image_file import read_image
 from mosa_fast.data.preprocessing import squashed
+from mosa_fast.data.transforms import evaluation_transform
 
 CLASSES = ["ant", "bee", "cat"]
 
@@ -47,12 +54,12 @@ def test_a_shared_folder_is_the_model_again_on_a_backbone_that_is_made_for_it(tm
     assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "new/folder/config.json").read_text()
 
 
-def test_the_config_is_the_files_facts(tmp_path):
+def test_the_config_says_what_it_is_and_leaves_the_rest_to_the_adapter_file(tmp_path):
     make_shared().save_pretrained(tmp_path)
     facts = json.loads((tmp_path / "config.json").read_text())
-    assert facts["library_name"] == "mosa_fast"
-    assert (facts["backbone"], facts["classes"]) == ("embedded", CLASSES)
-    assert mosa.MoSAConfig.from_dict(facts["config"]) == mosa.MoSAConfig(bottleneck=4)
+    assert mosa.MoSAConfig.from_dict(facts.pop("config")) == mosa.MoSAConfig(bottleneck=4)
+    assert facts == {"library_name": "mosa_fast", "library_version": mosa.__version__, "backbone": "embedded"}
+    assert read_metadata(tmp_path / "adapter.safetensors").classes == CLASSES
 
 
 def test_a_backbone_can_be_given_and_has_to_be_the_right_one(tmp_path):
@@ -64,6 +71,23 @@ def test_a_backbone_can_be_given_and_has_to_be_the_right_one(tmp_path):
     other.norm.bias.data += 1
     with pytest.raises(ValueError, match=r"another backbone: .* other weights in norm\.bias"):
         mosa.AdaptedModel.from_pretrained(tmp_path, other)
+
+
+def test_a_backbone_that_was_made_in_an_unknown_way_is_not_guessed(tmp_path):
+    backbone = make_tiny_vit(img_size=16)  # not what timm would make of the name alone
+    backbone.__dict__.pop("_model_args", None)  # timm 1.0.20 keeps none
+    mosa.adapt(backbone).save_pretrained(tmp_path)
+    assert read_metadata(tmp_path / "adapter.safetensors").backbone_arguments is None
+    with pytest.raises(ValueError, match="does not say how its backbone is made: give the backbone"):
+        mosa.AdaptedModel.from_pretrained(tmp_path)
+    assert ", backbone=backbone)" in (tmp_path / "README.md").read_text()
+
+
+def test_a_backbone_of_this_package_says_how_it_is_made(tmp_path):
+    backbones = create_embedded(3, drop_path_rate=0.1), create_backbone(ModelConfig("test_vit", pretrained=False), 3)
+    made = [arguments_of(backbone) for backbone in backbones]
+    assert made[0] == {"drop_path_rate": 0.1}
+    assert made[1] is not None
 
 
 def test_what_cannot_be_loaded_is_one_clear_error(tmp_path, monkeypatch):
@@ -98,6 +122,19 @@ def test_the_card_says_what_is_known_and_its_header_is_yaml(tmp_path):
     mosa.adapt(make_tiny_vit()).save_pretrained(tmp_path)
     header = (tmp_path / "README.md").read_text().split("---\n")[1]
     assert yaml.safe_load(header)["base_model"] == "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+
+
+def test_the_cards_example_reads_images_as_training_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photo = Image.effect_noise((40, 30), 64)
+    exif = photo.getexif()
+    exif[ExifTags.Base.Orientation] = 6  # a phone that was held upright
+    photo.save("image.jpg", exif=exif)
+    make_shared().save_pretrained("shared")
+    example = (tmp_path / "shared" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    scope = {}
+    exec(example, scope)
+    assert torch.equal(scope["image"], evaluation_transform(squashed(32))(read_image("image.jpg")))
 
 
 ROUND_TRIP = """
