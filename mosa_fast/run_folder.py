@@ -97,9 +97,19 @@ class RunFolder:
         return self.path / "sweep.json"
 
     @property
+    def results(self) -> tuple[Path, ...]:
+        """What a run that came to its end has left of itself, beside its lines of epochs; the summary first."""
+        return self.summary, self.adapter, self.model, self.curves, self.confusion
+
+    @property
     def is_finished(self) -> bool:
         """Whether the run in this folder came to its end."""
         return self.summary.is_file()
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether a run began in this folder and has not come to its end."""
+        return self.config.is_file() and not self.is_finished
 
     @property
     def holds_a_run(self) -> bool:
@@ -120,8 +130,9 @@ class RunFolder:
         return [int(match[1]) for match in found if match]
 
     def start_anew(self) -> None:
-        """Forget that a run was here before."""
-        self.summary.unlink(missing_ok=True)
+        """Forget that a run was here before: nothing of it is to be taken for the new one's."""
+        for path in self.results:
+            path.unlink(missing_ok=True)
         self.remove_checkpoints()
 
     def remove_checkpoints(self) -> None:
