@@ -69,16 +69,15 @@ def train(
     check_model(config)
     if config.data.image_size is None:
         config.data.image_size = input_size(config.model)
+    progress = progress and os.environ.get("RANK", "0") == "0"
+    # Before there are processes to wait for, and without writing to a folder that is not to be written to.
     finished = None if overwrite else finished_summary(folder, config, resume=resume)
     if finished is not None:
-        if progress and os.environ.get("RANK", "0") == "0":
-            print(f"{folder} holds this run, finished: nothing to do", flush=True)
-        return finished
+        return _left_as_it_is(folder, finished, progress=progress)
 
     with join_ranks(config.device) as ranks, StopSignals() as stop, ExitStack() as held:
         device, optim, method = ranks.device, config.optim, METHODS[config.method]
         on_gpu = device.type == "cuda"
-        progress = progress and ranks.is_first
         if config.cuda_graphs and (not on_gpu or ranks.world > 1):
             raise ValueError(f"cuda_graphs needs one GPU, this run has {ranks.world} process(es) on {device.type}")
         check_backend(config, device)
@@ -89,6 +88,10 @@ def train(
         ranks.from_first(lambda: held.enter_context(lock_folder(folder)))
         checkpoint = None
         if not overwrite:
+            # Once more: whoever held the folder until now may have finished since.
+            finished = ranks.from_first(lambda: finished_summary(folder, config, resume=resume))
+            if finished is not None:
+                return _left_as_it_is(folder, finished, progress=progress)
             checkpoint = ranks.from_first(lambda: checkpoint_to_resume(folder, resume=resume))
 
         # Set-up: data.
@@ -281,3 +284,9 @@ def train(
                 print(closing_table(summary, folder, weights_file(folder, config.method)))
         ranks.barrier()
         return summary
+
+
+def _left_as_it_is(folder: RunFolder, summary: dict[str, Any], *, progress: bool) -> dict[str, Any]:
+    if progress:
+        print(f"{folder} holds this run, finished: nothing to do", flush=True)
+    return summary
