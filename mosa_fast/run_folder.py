@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from mosa_fast.files import write_atomically
 
@@ -43,6 +44,11 @@ class RunFolder:
     def tensorboard(self) -> Path:
         """Event files. Written by training.loggers; read by TensorBoard."""
         return self.path / "tensorboard"
+
+    @property
+    def wandb(self) -> Path:
+        """The run's id at Weights & Biases. Written and read by `wandb_id`."""
+        return self.path / "wandb.id"
 
     @property
     def checkpoints(self) -> Path:
@@ -131,7 +137,7 @@ class RunFolder:
 
     def start_anew(self) -> None:
         """Forget that a run was here before: nothing of it is to be taken for the new one's."""
-        for path in self.results:
+        for path in (*self.results, self.wandb):
             path.unlink(missing_ok=True)
         self.remove_checkpoints()
 
@@ -142,6 +148,12 @@ class RunFolder:
         if self.checkpoints.is_dir():
             self.checkpoints.replace(discarded)
             shutil.rmtree(discarded, ignore_errors=True)
+
+    def wandb_id(self) -> str:
+        """What the run in this folder is known by at Weights & Biases: random, and the same when it is resumed."""
+        if not self.wandb.is_file():
+            _write(self.wandb, uuid4().hex + "\n")
+        return self.wandb.read_text(encoding="utf-8").strip()
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Keep the resolved configuration."""
