@@ -95,7 +95,8 @@ def train(
             checkpoint = ranks.from_first(lambda: checkpoint_to_resume(folder, resume=resume))
 
         # Set-up: data.
-        splits = load_run_data(config)
+        preprocessing = preprocessing_of_run(config)
+        splits = load_run_data(config, preprocessing)
         position = Position(len(splits.train_labels), optim.batch_size * ranks.world, optim.epochs)
         loading: dict[str, Any] = {
             "workers": config.data.workers,
@@ -108,7 +109,7 @@ def train(
         # Set-up: model, loss, optimizer and the step that joins them.
         model = build_model(config, len(splits.classes))
         if method.has_adapters:  # so that the adapter file is enough to use them
-            model.classes, model.preprocessing = splits.classes, preprocessing_of_run(config)
+            model.classes, model.preprocessing = splits.classes, preprocessing
         store_frozen(model, config.precision)
         set_training(model.to(device), True)
         weights = class_weights(splits.train_labels, len(splits.classes), config.loss.class_weights)
