@@ -34,10 +34,9 @@ from benchmarks.results import FOLDER, markdown_table
 from benchmarks.timing import Work, interleaved
 from mosa_fast.command_line import parse
 from mosa_fast.config import TrainConfig
-from mosa_fast.data import make_transforms
+from mosa_fast.data import make_transforms, preprocessing_of
 from mosa_fast.data.fgvc import MULTITASK_CLASSES, SETS
 from mosa_fast.data.gicd import TASKS as GICD
-from mosa_fast.data.preprocessing import IMAGENET
 from mosa_fast.data.vtab import TASKS as VTAB
 from mosa_fast.methods import METHODS
 from mosa_fast.recipes import packaged
@@ -155,7 +154,8 @@ def measure_decoding(repeats: int = 40) -> float:
         noise = np.random.default_rng(0).integers(0, 256, (PHOTO[1] // 8, PHOTO[0] // 8, 3), dtype=np.uint8)
         stream = io.BytesIO()
         Image.fromarray(noise).resize(PHOTO, Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
-        transform = make_transforms(parse(["--config", "fgvc/cub"])[0].data, 224, IMAGENET).train
+        data = parse(["--config", "fgvc/cub"])[0].data
+        transform = make_transforms(data, preprocessing_of(data, 224)).train
         decode = Work(lambda: transform(Image.open(io.BytesIO(stream.getvalue())).convert("RGB")))
         timing = interleaved({"decode": decode}, torch.device("cpu"), repeats=repeats)["decode"]
     finally:

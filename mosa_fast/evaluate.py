@@ -44,7 +44,7 @@ def evaluate_run(run: FinishedRun, split: str) -> tuple[float, int]:
     config = run.config
     model = run.load_model()
     config.loader.cache = False
-    splits = load_run_data(config)
+    splits = load_run_data(config, run.preprocessing)
     if splits.classes != run.classes:
         raise ValueError(f"the data set has other classes than {run} was trained on")
     dataset: Any = getattr(splits, split)

@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from mosa_fast.files import write_text
 
@@ -43,6 +44,11 @@ class RunFolder:
     def tensorboard(self) -> Path:
         """Event files. Written by training.loggers; read by TensorBoard."""
         return self.path / "tensorboard"
+
+    @property
+    def wandb(self) -> Path:
+        """The run's id at Weights & Biases. Written and read by `wandb_id`."""
+        return self.path / "wandb.id"
 
     @property
     def checkpoints(self) -> Path:
@@ -97,9 +103,19 @@ class RunFolder:
         return self.path / "sweep.json"
 
     @property
+    def results(self) -> tuple[Path, ...]:
+        """What a run that came to its end has left of itself, beside its lines of epochs; the summary first."""
+        return self.summary, self.adapter, self.model, self.curves, self.confusion
+
+    @property
     def is_finished(self) -> bool:
         """Whether the run in this folder came to its end."""
         return self.summary.is_file()
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether a run began in this folder and has not come to its end."""
+        return self.config.is_file() and not self.is_finished
 
     @property
     def holds_a_run(self) -> bool:
@@ -120,8 +136,9 @@ class RunFolder:
         return [int(match[1]) for match in found if match]
 
     def start_anew(self) -> None:
-        """Forget that a run was here before."""
-        self.summary.unlink(missing_ok=True)
+        """Forget that a run was here before: nothing of it is to be taken for the new one's."""
+        for path in (*self.results, self.wandb):
+            path.unlink(missing_ok=True)
         self.remove_checkpoints()
 
     def remove_checkpoints(self) -> None:
@@ -131,6 +148,12 @@ class RunFolder:
         if self.checkpoints.is_dir():
             self.checkpoints.replace(discarded)
             shutil.rmtree(discarded, ignore_errors=True)
+
+    def wandb_id(self) -> str:
+        """What the run in this folder is known by at Weights & Biases: random, and the same when it is resumed."""
+        if not self.wandb.is_file():
+            write_text(self.wandb, uuid4().hex + "\n")
+        return self.wandb.read_text(encoding="utf-8").strip()
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Keep the resolved configuration."""

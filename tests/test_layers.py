@@ -20,7 +20,7 @@ LAYERS = (
     "options methods config files recipes run_folder run_lock command_line answers configs assets version",
     "kernels csrc",
     "ops",  # operators, which launch them
-    "partition routing",
+    "partition routing tensor_file",
     "nn",  # layers
     "backbones data",  # timm models and data sets
     "adapters",  # layers into timm models

@@ -64,3 +64,17 @@ def test_texts_are_read_as_they_were_written(tmp_path):
         folder.read_summary()
     folder.start_anew()
     assert not folder.is_finished
+
+
+def test_a_new_run_finds_nothing_that_the_one_before_it_has_left_of_itself(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.write_config({"seed": 1})
+    assert folder.is_unfinished
+    folder.checkpoints.mkdir()
+    left = (folder.adapter, folder.model, folder.curves, folder.confusion, folder.summary, folder.checkpoint(3))
+    for path in left:
+        path.touch()
+    assert folder.is_finished
+    assert not folder.is_unfinished
+    folder.start_anew()
+    assert [path for path in left if path.exists()] == []

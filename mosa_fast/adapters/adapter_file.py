@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mosa_fast.adapters.metadata import Metadata, open_adapter, versions
@@ -23,8 +22,8 @@ from mosa_fast.backbones.fingerprint import Fingerprint
 from mosa_fast.backbones.heads import classifiers, heads
 from mosa_fast.backbones.identity import arguments_of, name_of
 from mosa_fast.config import MoSAConfig
-from mosa_fast.files import write_atomically
 from mosa_fast.nn import SparseProjection
+from mosa_fast.tensor_file import on_cpu, write_tensors
 
 DIGEST = "sha256"  # the key of the metadata that tells a damaged file
 
@@ -44,10 +43,10 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         OSError: the file cannot be written.
     """
     model = unwrapped(model)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained_state(model).items()}
+    tensors = on_cpu(trained_state(model))
     texts = metadata_of(model, tensors).to_texts()
     texts[DIGEST] = content_digest(tensors, texts)
-    write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, texts))
+    write_tensors(Path(path), tensors, texts)
 
 
 def metadata_of(model: Any, trained: Container[str]) -> Metadata:

@@ -122,6 +122,8 @@ def _same(first: Tensor, second: Tensor) -> bool:
 def _adapter_file(name_or_folder: str | Path, revision: str | None, token: str | None) -> Path:
     path = Path(name_or_folder)
     if path.exists():
+        if path.is_dir() and RunFolder(path).is_unfinished:
+            raise ValueError(f"{path} holds an unfinished run: go on with it (--resume) before its adapters are loaded")
         return path / ADAPTER if path.is_dir() else path
     from huggingface_hub import hf_hub_download
 

@@ -47,7 +47,7 @@ FAMILIES = {
 
 
 def load_data(
-    config: DataConfig, image_size: int, seed: int, statistics: Statistics = IMAGENET, *, strict: bool = True
+    config: DataConfig, image_size: int, seed: int, preprocessing: Preprocessing | None = None, *, strict: bool = True
 ) -> Splits:
     """The data set that a configuration names.
 
@@ -55,7 +55,7 @@ def load_data(
         config: the data section of a run.
         image_size: side of the images in pixels.
         seed: of every random split.
-        statistics: mean and standard deviation that images of files are normalised with.
+        preprocessing: of images of files; None: `preprocessing_of` the data set.
         strict: refuse missing images and labels out of range; the data check wants to see all of them instead.
 
     Raises:
@@ -66,21 +66,27 @@ def load_data(
     from mosa_fast.data.parts import Wanted
 
     root = _root(config) if FAMILIES[config.name].root else Path()
-    wanted = Wanted(root, image_size, make_transforms(config, image_size, statistics), seed, strict)
+    transforms = make_transforms(config, preprocessing or preprocessing_of(config, image_size))
+    wanted = Wanted(root, image_size, transforms, seed, strict)
     return getattr(_module(config.name), f"load_{config.name}")(config, wanted)
 
 
 def preprocessing_of(config: DataConfig, image_size: int, statistics: Statistics = IMAGENET) -> Preprocessing:
-    """What evaluation does to the images of a data set; the arguments are those of `load_data`."""
+    """What evaluation does to the images of a data set.
+
+    Args:
+        config: the data section of a run.
+        image_size: side of the images in pixels.
+        statistics: mean and standard deviation that images are normalised with, where the family has none of its own.
+    """
     family = FAMILIES[config.name]
     return (squashed if family.squash else cropped)(image_size, family.statistics or statistics)
 
 
-def make_transforms(config: DataConfig, image_size: int, statistics: Statistics = IMAGENET) -> Transforms:
-    """What a family of image files does to its images; the arguments are those of `load_data`."""
+def make_transforms(config: DataConfig, preprocessing: Preprocessing) -> Transforms:
+    """What is done to images of files: in evaluation the preprocessing, in training with what the section adds."""
     from mosa_fast.data.transforms import Transforms, evaluation_transform, train_transform
 
-    preprocessing = preprocessing_of(config, image_size, statistics)
     return Transforms(train_transform(preprocessing, config), evaluation_transform(preprocessing))
 
 

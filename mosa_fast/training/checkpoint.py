@@ -18,15 +18,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from mosa_fast.adapters.adapter_file import load_trained_state, trained_state
 from mosa_fast.config import TrainConfig
 from mosa_fast.files import write_atomically
 from mosa_fast.options import facts_of
 from mosa_fast.run_folder import RunFolder
+from mosa_fast.tensor_file import read_tensors, write_tensors
 from mosa_fast.training.distributed import Ranks
 from mosa_fast.training.position import Position
 
@@ -84,7 +83,7 @@ class Checkpoints:
             weights, pending = (
                 of(self.position.steps) for of in (self.folder.checkpoint_weights, self.folder.pending_weights)
             )
-            _write_tensors(pending, trained_state(self.model))
+            write_tensors(pending, trained_state(self.model))
             # Through memory, because torch hides the reason when a disk is full.
             buffer = io.BytesIO()
             content = {
@@ -124,7 +123,7 @@ class Checkpoints:
         self.data.load_state_dict(content["data"])
         if not weights.is_file() or _digest(weights) != content["weights"]:
             raise ValueError(f"{weights} cannot be read: it is not the file that was written with {path.name}")
-        load_trained_state(self.model, _read_tensors(weights), str(weights))
+        load_trained_state(self.model, read_tensors(weights), str(weights))
         for name, part in self.parts.items():
             part.load_state_dict(content["state"][name])
         self._saved = (self.position.steps, self.position.epochs_done)
@@ -163,15 +162,3 @@ def _read_state(path: Path) -> Any:
     except Exception as error:  # damaged bytes can be any kind of nonsense
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} cannot be read: {reason}") from None
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(copies, temporary))
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None

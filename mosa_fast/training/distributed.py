@@ -57,19 +57,25 @@ class Ranks:
 
         Raises:
             ValueError, OSError: as the function does.
+            RuntimeError: in the other processes, where the function raises anything else.
         """
         if self.world == 1:
             return function()
-        outcome: list[Any] = [None, None]
+        outcome: list[Any] = [None, None, ""]
         if self.is_first:
             try:
                 outcome[0] = function()
-            except (ValueError, OSError) as error:
-                outcome[1] = error
+            except Exception as error:
+                # The others wait for this process whatever happens to it; not every error can be sent to them as it is.
+                kind = next((kind for kind in (ValueError, OSError) if isinstance(error, kind)), RuntimeError)
+                sent = str(error) if kind is not RuntimeError else f"the first process: {type(error).__name__}: {error}"
+                dist.broadcast_object_list([None, kind, sent], 0)
+                raise
         dist.broadcast_object_list(outcome, 0)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+        result, kind, message = outcome
+        if kind is not None:
+            raise kind(message)
+        return result
 
     def agree(self, tensors: Iterable[Tensor]) -> None:
         """Give all processes the first one's values, in place."""

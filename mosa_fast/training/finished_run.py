@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mosa_fast.adapters.adapter_file import load_adapter, load_trained_state, save_adapter, trained_state
@@ -17,9 +15,9 @@ from mosa_fast.adapters.metadata import read_metadata
 from mosa_fast.command_line import read_run
 from mosa_fast.config import TrainConfig
 from mosa_fast.data.preprocessing import Preprocessing
-from mosa_fast.files import write_atomically
 from mosa_fast.methods import METHODS
 from mosa_fast.run_folder import RunFolder
+from mosa_fast.tensor_file import read_tensors, write_tensors
 from mosa_fast.training.distributed import pick_device
 from mosa_fast.training.model import build_model
 from mosa_fast.training.precision import autocast, input_dtype, store_frozen
@@ -37,8 +35,7 @@ def save_trained(model: Any, folder: RunFolder, method: str) -> None:
     if METHODS[method].has_adapters:
         save_adapter(model, path)
     else:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained_state(model).items()}
-        write_atomically(path, lambda temporary: save_file(tensors, temporary))
+        write_tensors(path, trained_state(model))
 
 
 @dataclass(frozen=True)
@@ -80,10 +77,7 @@ class FinishedRun:
         if METHODS[self.config.method].has_adapters:
             model.classes = self.classes  # a file of other classes is refused
             return load_adapter(model, self.weights).eval().to(self.device)
-        try:
-            load_trained_state(model, load_file(self.weights), str(self.weights))
-        except SafetensorError as error:
-            raise ValueError(f"{self.weights} cannot be read: {error}") from None
+        load_trained_state(model, read_tensors(self.weights), str(self.weights))
         return model.eval().to(self.device)
 
     @torch.no_grad()

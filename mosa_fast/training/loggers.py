@@ -95,10 +95,13 @@ class Loggers:
                 import wandb
             except ImportError:
                 raise ValueError("wandb is not installed: pip install wandb, or leave the option out") from None
-            # The folder names the run, so that a resumed one goes on in the same place.
-            name = "-".join(folder.path.resolve().parts[-2:])
             self.wandb = wandb.init(
-                project=config["wandb"], dir=str(folder), id=name, name=name, resume="allow", config=config
+                project=config["wandb"],
+                dir=str(folder),
+                id=folder.wandb_id(),  # a resumed run goes on in the same place
+                name="-".join(folder.path.resolve().parts[-2:]),
+                resume="allow",
+                config=config,
             )
         if config["tensorboard"]:
             try:

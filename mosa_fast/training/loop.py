@@ -69,16 +69,15 @@ def train(
     check_model(config)
     if config.data.image_size is None:
         config.data.image_size = input_size(config.model)
+    progress = progress and os.environ.get("RANK", "0") == "0"
+    # Before there are processes to wait for, and without writing to a folder that is not to be written to.
     finished = None if overwrite else finished_summary(folder, config, resume=resume)
     if finished is not None:
-        if progress and os.environ.get("RANK", "0") == "0":
-            print(f"{folder} holds this run, finished: nothing to do", flush=True)
-        return finished
+        return _left_as_it_is(folder, finished, progress=progress)
 
     with join_ranks(config.device) as ranks, StopSignals() as stop, ExitStack() as held:
         device, optim, method = ranks.device, config.optim, METHODS[config.method]
         on_gpu = device.type == "cuda"
-        progress = progress and ranks.is_first
         if config.cuda_graphs and (not on_gpu or ranks.world > 1):
             raise ValueError(f"cuda_graphs needs one GPU, this run has {ranks.world} process(es) on {device.type}")
         check_backend(config, device)
@@ -89,10 +88,15 @@ def train(
         ranks.from_first(lambda: held.enter_context(lock_folder(folder)))
         checkpoint = None
         if not overwrite:
+            # Once more: whoever held the folder until now may have finished since.
+            finished = ranks.from_first(lambda: finished_summary(folder, config, resume=resume))
+            if finished is not None:
+                return _left_as_it_is(folder, finished, progress=progress)
             checkpoint = ranks.from_first(lambda: checkpoint_to_resume(folder, resume=resume))
 
         # Set-up: data.
-        splits = load_run_data(config)
+        preprocessing = preprocessing_of_run(config)
+        splits = load_run_data(config, preprocessing)
         position = Position(len(splits.train_labels), optim.batch_size * ranks.world, optim.epochs)
         loading: dict[str, Any] = {
             "workers": config.data.workers,
@@ -105,7 +109,7 @@ def train(
         # Set-up: model, loss, optimizer and the step that joins them.
         model = build_model(config, len(splits.classes))
         if method.has_adapters:  # so that the adapter file is enough to use them
-            model.classes, model.preprocessing = splits.classes, preprocessing_of_run(config)
+            model.classes, model.preprocessing = splits.classes, preprocessing
         store_frozen(model, config.precision)
         set_training(model.to(device), True)
         weights = class_weights(splits.train_labels, len(splits.classes), config.loss.class_weights)
@@ -281,3 +285,9 @@ def train(
                 print(closing_table(summary, folder, weights_file(folder, config.method)))
         ranks.barrier()
         return summary
+
+
+def _left_as_it_is(folder: RunFolder, summary: dict[str, Any], *, progress: bool) -> dict[str, Any]:
+    if progress:
+        print(f"{folder} holds this run, finished: nothing to do", flush=True)
+    return summary

@@ -25,10 +25,14 @@ def preprocessing_of_run(config: TrainConfig) -> Preprocessing:
     return preprocessing_of(config.data, config.data.image_size, channel_statistics_of(config))
 
 
-def load_run_data(config: TrainConfig) -> Splits:
-    """The data of a run, with its loader options applied; `config.data.image_size` is set."""
-    assert config.data.image_size is not None
-    splits = load_data(config.data, config.data.image_size, config.seed, channel_statistics_of(config))
+def load_run_data(config: TrainConfig, preprocessing: Preprocessing) -> Splits:
+    """The data of a run, with its loader options applied.
+
+    Args:
+        config: of the run.
+        preprocessing: of the run: `preprocessing_of_run`, or what its adapter file says.
+    """
+    splits = load_data(config.data, preprocessing.image_size, config.seed, preprocessing)
     if config.loader.corrupt == "skip":
         splits = drop_unreadable(splits)
     if config.loader.cache:

@@ -115,9 +115,9 @@ def test_checkpoint_files(tmp_path, monkeypatch, files):
 def cached(load):
     kept = []
 
-    def again(config):
+    def again(*arguments):
         if not kept:
-            kept.append(load(config))
+            kept.append(load(*arguments))
         return kept[0]
 
     return again

@@ -104,7 +104,7 @@ def test_images_can_be_normalised_as_the_backbone_wants(folder):
     config = DataConfig(name="folder", root=str(folder), normalisation="backbone")
     assert channel_statistics(ModelConfig(name="vit_base_patch16_224.orig_in21k")) == ((0.5,) * 3, (0.5,) * 3)
     own = Statistics((0.5,) * 3, (0.5,) * 3)
-    image = load_data(config, 16, 0, own).test[0][0]
+    image = load_data(config, 16, 0, cropped(16, own)).test[0][0]
     mean, std = (torch.tensor(values)[:, None, None] for values in IMAGENET)
     assert torch.allclose(load_data(config, 16, 0).test[0][0] * std + mean, image * 0.5 + 0.5, atol=1e-6)
     with pytest.raises(ValueError, match=r"data\.normalisation is for folder and .*, not for digits"):

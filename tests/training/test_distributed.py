@@ -6,12 +6,13 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import run_ranks, tiny_run
+from tiny_runs import free_port, in_child, run_ranks, tiny_run, wait_for
 
 from mosa_fast.config import OptimConfig
 from mosa_fast.data.step_sampler import rank_slice
 from mosa_fast.run_folder import RunFolder
 from mosa_fast.run_lock import lock_folder
+from mosa_fast.training.distributed import join_ranks
 from mosa_fast.training.loop import train
 
 
@@ -47,6 +48,39 @@ def test_one_rank_holds_the_folder_and_all_are_refused_in_one_line(tmp_path):
     assert run_ranks(2, tiny_run(tmp_path / "run", optim=optim)) == [0, 0]
     assert not RunFolder(tmp_path / "run").lock.exists()
     assert run_ranks(2, tiny_run(tmp_path / "run", optim=optim), main=True) == [2, 2]  # it is finished
+
+
+class Unsendable(Exception):
+    """An error that pickle cannot make again."""
+
+    def __init__(self, first, second):
+        super().__init__(f"{first} and {second}")
+
+
+@pytest.mark.parametrize(
+    ("error", "in_others", "message"),
+    [
+        (FileNotFoundError(2, "No such file", "here"), OSError, r"\[Errno 2\] No such file: 'here'"),
+        (UnicodeDecodeError("utf-8", b"x", 0, 1, "no reason"), ValueError, "no reason"),
+        (KeyError("lr"), RuntimeError, "the first process: KeyError: 'lr'"),
+        (Unsendable(1, 2), RuntimeError, "the first process: Unsendable: 1 and 2"),
+    ],
+)
+def test_whatever_the_first_process_raises_the_others_raise_too(error, in_others, message):
+    """Nobody waits for a process that has left, and the first one's error is its own."""
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+
+    def fail():
+        raise error
+
+    def work(rank):
+        os.environ.update(address, RANK=str(rank), LOCAL_RANK=str(rank))
+        with join_ranks("cpu") as ranks, pytest.raises(Exception, match=message if rank else "") as raised:
+            ranks.from_first(fail)
+        assert raised.type is in_others if rank else raised.value is error
+
+    children = [in_child(lambda rank=rank: work(rank)) for rank in range(2)]
+    assert [wait_for(child) for child in children] == [0, 0]
 
 
 def test_slices_are_contiguous_and_complete():

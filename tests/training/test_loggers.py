@@ -1,11 +1,14 @@
 """Speed is that of the steps."""
 
 import re
+import sys
+import types
 
 import pytest
 
+from mosa_fast.run_folder import RunFolder
 from mosa_fast.training import position as module
-from mosa_fast.training.loggers import Progress, Speedometer
+from mosa_fast.training.loggers import Loggers, Progress, Speedometer
 from mosa_fast.training.position import Position
 
 
@@ -58,3 +61,24 @@ def test_every_line_shows_the_speed_since_the_line_before(clock, capsys):
             clock.now += 60.0
         progress.update({"epoch": "1"}, epoch_end=True)
     assert re.findall(r"images/s (\d+)", capsys.readouterr().err) == ["16", "16"]
+
+
+def test_a_run_is_one_at_weights_and_biases_however_its_folder_is_called(tmp_path, monkeypatch):
+    started = []
+    stub = types.SimpleNamespace(init=lambda **settings: started.append(settings))
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+
+    def begin(place):
+        folder = RunFolder(tmp_path / place / "runs" / "birds")
+        Loggers(folder, {"wandb": "here", "tensorboard": False}, Position(8, 8, 1), enabled=True)
+        return folder
+
+    folder = begin("one")
+    begin("one")  # resumed
+    begin("other")
+    folder.start_anew()
+    begin("one")
+    assert {settings["name"] for settings in started} == {"runs-birds"}
+    first, resumed, other, overwritten = (settings["id"] for settings in started)
+    assert first == resumed
+    assert len({first, other, overwritten}) == 3

@@ -2,6 +2,7 @@ import os
 import random
 import shutil
 import signal
+from contextlib import contextmanager
 from itertools import repeat
 
 import pytest
@@ -280,6 +281,26 @@ def test_two_runs_at_once_do_not_share_a_folder(tmp_path, uninterrupted, monkeyp
     train(tiny_run(tmp_path, **SETTINGS), progress=False)
     assert refusals == [0, 0, 0]
     assert result(tmp_path) == uninterrupted
+
+
+def test_a_run_that_finishes_before_the_next_one_has_the_folder_is_not_lost(tmp_path, monkeypatch):
+    """It holds the folder when the second looks at it, and has finished when the second gets it."""
+    summaries = []
+
+    @contextmanager
+    def lock_late(folder):
+        with monkeypatch.context() as first:
+            first.setattr("mosa_fast.training.loop.lock_folder", run_lock.lock_folder)
+            summaries.append(train(tiny_run(folder.path), progress=False))
+        with run_lock.lock_folder(folder):
+            yield
+
+    monkeypatch.setattr("mosa_fast.training.loop.lock_folder", lock_late)
+    with pytest.raises(ValueError, match="holds a finished run, of 20"):
+        train(tiny_run(tmp_path / "refused"), progress=False)
+    assert RunFolder(tmp_path / "refused").read_summary() == summaries[0]
+    assert train(tiny_run(tmp_path / "resumed"), progress=False, resume=True) == summaries[1]
+    assert RunFolder(tmp_path / "resumed").read_summary() == summaries[1]
 
 
 def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch):

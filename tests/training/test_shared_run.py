@@ -5,6 +5,7 @@ from tiny_runs import tiny_run
 import mosa_fast as mosa
 from mosa_fast.backbones.embedded import create_embedded
 from mosa_fast.config import ModelConfig
+from mosa_fast.run_folder import RunFolder
 from mosa_fast.training.loop import train
 
 
@@ -63,6 +64,20 @@ def test_a_card_does_not_promise_weights_that_a_run_did_not_have(tmp_path):
     assert ", backbone=backbone)" in card
     assert "base_model" not in card
     assert "test accuracy" not in card
+
+
+def test_an_overwritten_runs_adapters_are_not_loaded_for_the_new_ones(tmp_path):
+    train(tiny_run(tmp_path, model=ModelConfig(), test=False), progress=False)
+    train(tiny_run(tmp_path, model=ModelConfig(), method="linear", test=False), progress=False, overwrite=True)
+    with pytest.raises(FileNotFoundError, match="no adapter file at "):
+        mosa.AdaptedModel.from_pretrained(tmp_path)
+
+
+def test_the_folder_of_an_unfinished_run_is_not_loaded(tmp_path):
+    train(tiny_run(tmp_path, model=ModelConfig(), test=False), progress=False)
+    RunFolder(tmp_path).summary.unlink()
+    with pytest.raises(ValueError, match="holds an unfinished run: go on with it"):
+        mosa.AdaptedModel.from_pretrained(tmp_path)
 
 
 def create_embedded_unpretrained():
