@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from mosa_fast.adapters.adapter_file import (
 )
 from mosa_fast.adapters.block import AdaptedBlock
 from mosa_fast.adapters.fold import merge
+from mosa_fast.adapters.gate import Gate
 from mosa_fast.adapters.linears import LoRALinear
 from mosa_fast.adapters.metadata import Metadata
 from mosa_fast.adapters.model import AdaptedModel, adapters
@@ -29,7 +30,7 @@ from mosa_fast.adapters.seams import call_qkv_as_module, carries_samples, find_b
 from mosa_fast.adapters.wrapper import Wrapper, unwrapped
 from mosa_fast.backbones.heads import classifiers, heads
 from mosa_fast.data.preprocessing import Preprocessing
-from mosa_fast.nn.stacks import AdapterStack, LinearStack, LoRAStack, TaskStack
+from mosa_fast.nn.stacks import AdapterStack, LinearStack, LoRAStack, TaskStack, told
 
 
 class AdapterBank(Wrapper):
@@ -41,8 +42,8 @@ class AdapterBank(Wrapper):
         logits = bank(images, tasks=["cub", "cars", "cub"])
 
     It computes what each task's model does alone in evaluation. Merged weights are prepared once, when a task is added.
-    There are no gradients: a task is trained by itself, on an adapted model. The bank answers to the timm model's
-    names, too.
+    There are no gradients: a task is trained by itself, on an adapted model. Threads may call a bank at the same time,
+    and `add` and `remove` wait for them. The bank answers to the timm model's names, too.
 
     Args:
         model: the timm model that all tasks were trained on, whatever its head; its blocks and head are replaced in
@@ -70,6 +71,7 @@ class AdapterBank(Wrapper):
             raise ValueError("a bank holds linear heads, but this model's attention pooling is trained with its task")
         # What a task's tensors are checked against. In a tuple, since it is no part of the bank: it has no data.
         self._structure = (without_data(model),)
+        self._gate = Gate()
         self._kind: str | None = None
         self._tasks: dict[str, Metadata] = {}
         self.backbone = model.requires_grad_(False).eval()
@@ -95,20 +97,21 @@ class AdapterBank(Wrapper):
                 backbone, or more of it than adapters and head. The bank is then as it was.
             FileNotFoundError: there is no such file.
         """
-        if name in self._tasks:
-            raise ValueError(f"the bank has a task {name!r} already: remove it first")
-        adapted, metadata = self._merged(f"task {name!r}", source)
-        kind = _kind(adapted)
-        if self._kind is None:
-            self._put_stacks(adapted)
-            self._kind = kind
-        elif self._kind != kind:
-            raise ValueError(
-                f"task {name!r} has {kind}, but those of the bank have {self._kind}: one bank holds one kind"
-            )
-        for path, stack in self._stacks():
-            stack.append_layer(adapted.backbone.get_submodule(path))
-        self._tasks[name] = metadata
+        with self._gate.changing():
+            if name in self._tasks:
+                raise ValueError(f"the bank has a task {name!r} already: remove it first")
+            adapted, metadata = self._merged(f"task {name!r}", source)
+            kind = _kind(adapted)
+            if self._kind is None:
+                self._put_stacks(adapted)
+                self._kind = kind
+            elif self._kind != kind:
+                raise ValueError(
+                    f"task {name!r} has {kind}, but those of the bank have {self._kind}: one bank holds one kind"
+                )
+            for path, stack in self._stacks():
+                stack.append_layer(adapted.backbone.get_submodule(path))
+            self._tasks[name] = metadata
 
     def remove(self, name: str) -> None:
         """Take a task out.
@@ -116,10 +119,11 @@ class AdapterBank(Wrapper):
         Raises:
             ValueError: there is no such task.
         """
-        index = self._index(name)
-        for _, stack in self._stacks():
-            stack.remove(index)
-        del self._tasks[name]
+        with self._gate.changing():
+            index = self._index(name)
+            for _, stack in self._stacks():
+                stack.remove(index)
+            del self._tasks[name]
 
     def classes(self, name: str) -> list[str] | None:
         """The names of a task's classes, by label; None where its file has none.
@@ -158,6 +162,13 @@ class AdapterBank(Wrapper):
         names = [tasks] * samples if isinstance(tasks, str) else list(tasks)
         if len(names) != samples:
             raise ValueError(f"tasks must name the task of each of the {samples} images, got {len(names)} names")
+        # What is traced cannot wait: nobody changes a bank while its compiled form runs (docs/serving.md).
+        with nullcontext() if torch.compiler.is_compiling() else self._gate.passing():
+            return self._logits(images, names, arguments)
+
+    def _logits(self, images: Any, names: Sequence[str], arguments: dict[str, Any]) -> Tensor:
+        """`forward`, while nobody changes the tasks."""
+        samples = len(names)
         index = {name: self._index(name) for name in dict.fromkeys(names)}
         indices = [index[name] for name in names]
         device = next(self.backbone.parameters()).device
@@ -169,7 +180,7 @@ class AdapterBank(Wrapper):
             images = _reordered(images, places)
             per_sample = {name for name, value in arguments.items() if carries_samples(name, value)}
             arguments |= {name: arguments[name][places] for name in per_sample}
-        with self._told(torch.tensor(sorted(indices), dtype=torch.int32, device=device)):
+        with told(torch.tensor(sorted(indices), dtype=torch.int32, device=device)):
             logits: Tensor = self.backbone(images, **arguments)
         if moved:
             logits = torch.empty_like(logits).index_copy_(0, places, logits)
@@ -198,18 +209,6 @@ class AdapterBank(Wrapper):
         for path, module in self.backbone.named_modules():
             if isinstance(module, TaskStack):
                 yield path, module
-
-    @contextmanager
-    def _told(self, tasks: Tensor) -> Iterator[None]:
-        """Inside this context the layers know the tasks of the samples."""
-        stacks = [stack for _, stack in self._stacks()]
-        try:
-            for stack in stacks:
-                stack.tasks = tasks
-            yield
-        finally:
-            for stack in stacks:
-                stack.tasks = None
 
     def _merged(self, task: str, source: str | Path | nn.Module) -> tuple[AdaptedModel, Metadata]:
         """A task's merged adapters and heads, in an adapted model whose backbone has no data; and facts of the task."""
