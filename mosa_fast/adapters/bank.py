@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,14 @@ from mosa_fast.adapters.adapter_file import (
 from mosa_fast.adapters.block import AdaptedBlock
 from mosa_fast.adapters.fold import merge
 from mosa_fast.adapters.gate import Gate
-from mosa_fast.adapters.linears import LoRALinear
 from mosa_fast.adapters.metadata import Metadata
 from mosa_fast.adapters.model import AdaptedModel, adapters
-from mosa_fast.adapters.seams import call_qkv_as_module, carries_samples, find_blocks
+from mosa_fast.adapters.seams import carries_samples, find_blocks
+from mosa_fast.adapters.stacking import put_stacks, take_stacks
 from mosa_fast.adapters.wrapper import Wrapper, unwrapped
 from mosa_fast.backbones.heads import classifiers, heads
 from mosa_fast.data.preprocessing import Preprocessing
-from mosa_fast.nn.stacks import AdapterStack, LinearStack, LoRAStack, TaskStack, told
+from mosa_fast.nn.stacks import TaskStack, told
 
 
 class AdapterBank(Wrapper):
@@ -54,7 +54,9 @@ class AdapterBank(Wrapper):
         backbone: the timm model.
 
     Raises:
-        ValueError: the model is of another kind or has adapters already, or a task cannot be added (`add`).
+        ValueError: the model is of another kind or has adapters already, or a task cannot be added (`add`). The model
+            is then as it was.
+        FileNotFoundError: so is it when a task's file does not exist.
     """
 
     CHILD = "backbone"
@@ -74,10 +76,21 @@ class AdapterBank(Wrapper):
         self._gate = Gate()
         self._kind: str | None = None
         self._tasks: dict[str, Metadata] = {}
+        self._heads: dict[str, nn.Module] = {}  # the timm model's own, while stacks are in their places
+        modes = {module: module.training for module in model.modules()}
+        gradients = {parameter: parameter.requires_grad for parameter in model.parameters()}
         self.backbone = model.requires_grad_(False).eval()
         self.training = False
-        for name, source in (tasks or {}).items():
-            self.add(name, source)
+        try:
+            for name, source in (tasks or {}).items():
+                self.add(name, source)
+        except BaseException:
+            self._put_back()
+            for module, training in modes.items():
+                module.training = training
+            for parameter, wanted in gradients.items():
+                parameter.requires_grad_(wanted)
+            raise
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -103,7 +116,7 @@ class AdapterBank(Wrapper):
             adapted, metadata = self._merged(f"task {name!r}", source)
             kind = _kind(adapted)
             if self._kind is None:
-                self._put_stacks(adapted)
+                self._heads = put_stacks(self.backbone, adapted)
                 self._kind = kind
             elif self._kind != kind:
                 raise ValueError(
@@ -114,13 +127,16 @@ class AdapterBank(Wrapper):
             self._tasks[name] = metadata
 
     def remove(self, name: str) -> None:
-        """Take a task out.
+        """Take a task out. With the last one the timm model gets its own blocks and heads back, frozen.
 
         Raises:
             ValueError: there is no such task.
         """
         with self._gate.changing():
             index = self._index(name)
+            if len(self._tasks) == 1:
+                self._put_back()
+                return
             for _, stack in self._stacks():
                 stack.remove(index)
             del self._tasks[name]
@@ -237,42 +253,16 @@ class AdapterBank(Wrapper):
                 module.load_state_dict({key: given_tensors[f"{path}.{key}"] for key in module.state_dict()})
         return merge(adapted).requires_grad_(False), metadata
 
-    def _put_stacks(self, adapted: AdaptedModel) -> None:
-        """Put empty stacks where a task has its adapters and heads."""
-        for path in _linear_heads(adapted.backbone):
-            self.backbone.set_submodule(path, LinearStack())
-        for path, like in list(adapted.backbone.named_modules()):
-            if isinstance(like, AdaptedBlock):
-                self.backbone.set_submodule(path, _stacked(self.backbone.get_submodule(path), like))
+    def _put_back(self) -> None:
+        """Put the timm model's own blocks and heads where the stacks are: nothing is left of the tasks."""
+        take_stacks(self.backbone, self._heads, self._structure[0])
+        self._heads, self._tasks, self._kind = {}, {}, None
 
-
-def _stacked(block: nn.Module, like: AdaptedBlock) -> AdaptedBlock:
-    """A timm block with empty stacks where another one has its adapters."""
-    for path, linear in like.block.named_modules():
-        if isinstance(linear, LoRALinear):
-            call_qkv_as_module(block)
-            lora: Any = linear.lora
-            block.set_submodule(path, LoRALinear(block.get_submodule(path), LoRAStack(lora)))
-    stacks: dict[str, Any] = {name: AdapterStack(getattr(like, name)) for name in like.adapter_names}
-    return AdaptedBlock(block, like.placement, stacks).eval()
-
-
-def _linear_heads(backbone: nn.Module) -> list[str]:
-    """Where the linears of a timm model's heads are.
-
-    Raises:
-        ValueError: a head is more than a linear.
-    """
-    paths = []
-    for path, head in backbone.named_modules():
-        if any(head is known for known in heads(backbone)):
-            weighted = [
-                (name, module) for name, module in head.named_modules() if list(module.parameters(recurse=False))
-            ]
-            if len(weighted) != 1 or type(weighted[0][1]) is not nn.Linear:
-                raise ValueError(f"a bank holds linear heads, but {path} is {head}")
-            paths.append(f"{path}.{weighted[0][0]}".removesuffix("."))
-    return paths
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> AdapterBank:
+        """As nn.Module's, through which a module moves: the timm model's heads, set aside, come along."""
+        for head in self._heads.values():
+            head._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
 
 def _kind(adapted: AdaptedModel) -> str:
