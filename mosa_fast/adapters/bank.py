@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,15 @@ from mosa_fast.adapters.adapter_file import (
 )
 from mosa_fast.adapters.block import AdaptedBlock
 from mosa_fast.adapters.fold import merge
-from mosa_fast.adapters.linears import LoRALinear
+from mosa_fast.adapters.gate import Gate
 from mosa_fast.adapters.metadata import Metadata
 from mosa_fast.adapters.model import AdaptedModel, adapters
-from mosa_fast.adapters.seams import call_qkv_as_module, carries_samples, find_blocks
+from mosa_fast.adapters.seams import carries_samples, find_blocks
+from mosa_fast.adapters.stacking import put_stacks, take_stacks
 from mosa_fast.adapters.wrapper import Wrapper, unwrapped
 from mosa_fast.backbones.heads import classifiers, heads
 from mosa_fast.data.preprocessing import Preprocessing
-from mosa_fast.nn.stacks import AdapterStack, LinearStack, LoRAStack, TaskStack
+from mosa_fast.nn.stacks import TaskStack, told
 
 
 class AdapterBank(Wrapper):
@@ -41,8 +42,8 @@ class AdapterBank(Wrapper):
         logits = bank(images, tasks=["cub", "cars", "cub"])
 
     It computes what each task's model does alone in evaluation. Merged weights are prepared once, when a task is added.
-    There are no gradients: a task is trained by itself, on an adapted model. The bank answers to the timm model's
-    names, too.
+    There are no gradients: a task is trained by itself, on an adapted model. Threads may call a bank at the same time,
+    and `add` and `remove` wait for them. The bank answers to the timm model's names, too.
 
     Args:
         model: the timm model that all tasks were trained on, whatever its head; its blocks and head are replaced in
@@ -53,7 +54,9 @@ class AdapterBank(Wrapper):
         backbone: the timm model.
 
     Raises:
-        ValueError: the model is of another kind or has adapters already, or a task cannot be added (`add`).
+        ValueError: the model is of another kind or has adapters already, or a task cannot be added (`add`). The model
+            is then as it was.
+        FileNotFoundError: so is it when a task's file does not exist.
     """
 
     CHILD = "backbone"
@@ -70,12 +73,24 @@ class AdapterBank(Wrapper):
             raise ValueError("a bank holds linear heads, but this model's attention pooling is trained with its task")
         # What a task's tensors are checked against. In a tuple, since it is no part of the bank: it has no data.
         self._structure = (without_data(model),)
+        self._gate = Gate()
         self._kind: str | None = None
         self._tasks: dict[str, Metadata] = {}
+        self._heads: dict[str, nn.Module] = {}  # the timm model's own, while stacks are in their places
+        modes = {module: module.training for module in model.modules()}
+        gradients = {parameter: parameter.requires_grad for parameter in model.parameters()}
         self.backbone = model.requires_grad_(False).eval()
         self.training = False
-        for name, source in (tasks or {}).items():
-            self.add(name, source)
+        try:
+            for name, source in (tasks or {}).items():
+                self.add(name, source)
+        except BaseException:
+            self._put_back()
+            for module, training in modes.items():
+                module.training = training
+            for parameter, wanted in gradients.items():
+                parameter.requires_grad_(wanted)
+            raise
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -95,31 +110,36 @@ class AdapterBank(Wrapper):
                 backbone, or more of it than adapters and head. The bank is then as it was.
             FileNotFoundError: there is no such file.
         """
-        if name in self._tasks:
-            raise ValueError(f"the bank has a task {name!r} already: remove it first")
-        adapted, metadata = self._merged(f"task {name!r}", source)
-        kind = _kind(adapted)
-        if self._kind is None:
-            self._put_stacks(adapted)
-            self._kind = kind
-        elif self._kind != kind:
-            raise ValueError(
-                f"task {name!r} has {kind}, but those of the bank have {self._kind}: one bank holds one kind"
-            )
-        for path, stack in self._stacks():
-            stack.append_layer(adapted.backbone.get_submodule(path))
-        self._tasks[name] = metadata
+        with self._gate.changing():
+            if name in self._tasks:
+                raise ValueError(f"the bank has a task {name!r} already: remove it first")
+            adapted, metadata = self._merged(f"task {name!r}", source)
+            kind = _kind(adapted)
+            if self._kind is None:
+                self._heads = put_stacks(self.backbone, adapted)
+                self._kind = kind
+            elif self._kind != kind:
+                raise ValueError(
+                    f"task {name!r} has {kind}, but those of the bank have {self._kind}: one bank holds one kind"
+                )
+            for path, stack in self._stacks():
+                stack.append_layer(adapted.backbone.get_submodule(path))
+            self._tasks[name] = metadata
 
     def remove(self, name: str) -> None:
-        """Take a task out.
+        """Take a task out. With the last one the timm model gets its own blocks and heads back, frozen.
 
         Raises:
             ValueError: there is no such task.
         """
-        index = self._index(name)
-        for _, stack in self._stacks():
-            stack.remove(index)
-        del self._tasks[name]
+        with self._gate.changing():
+            index = self._index(name)
+            if len(self._tasks) == 1:
+                self._put_back()
+                return
+            for _, stack in self._stacks():
+                stack.remove(index)
+            del self._tasks[name]
 
     def classes(self, name: str) -> list[str] | None:
         """The names of a task's classes, by label; None where its file has none.
@@ -158,6 +178,13 @@ class AdapterBank(Wrapper):
         names = [tasks] * samples if isinstance(tasks, str) else list(tasks)
         if len(names) != samples:
             raise ValueError(f"tasks must name the task of each of the {samples} images, got {len(names)} names")
+        # What is traced cannot wait: nobody changes a bank while its compiled form runs (docs/serving.md).
+        with nullcontext() if torch.compiler.is_compiling() else self._gate.passing():
+            return self._logits(images, names, arguments)
+
+    def _logits(self, images: Any, names: Sequence[str], arguments: dict[str, Any]) -> Tensor:
+        """`forward`, while nobody changes the tasks."""
+        samples = len(names)
         index = {name: self._index(name) for name in dict.fromkeys(names)}
         indices = [index[name] for name in names]
         device = next(self.backbone.parameters()).device
@@ -169,7 +196,7 @@ class AdapterBank(Wrapper):
             images = _reordered(images, places)
             per_sample = {name for name, value in arguments.items() if carries_samples(name, value)}
             arguments |= {name: arguments[name][places] for name in per_sample}
-        with self._told(torch.tensor(sorted(indices), dtype=torch.int32, device=device)):
+        with told(torch.tensor(sorted(indices), dtype=torch.int32, device=device)):
             logits: Tensor = self.backbone(images, **arguments)
         if moved:
             logits = torch.empty_like(logits).index_copy_(0, places, logits)
@@ -199,18 +226,6 @@ class AdapterBank(Wrapper):
             if isinstance(module, TaskStack):
                 yield path, module
 
-    @contextmanager
-    def _told(self, tasks: Tensor) -> Iterator[None]:
-        """Inside this context the layers know the tasks of the samples."""
-        stacks = [stack for _, stack in self._stacks()]
-        try:
-            for stack in stacks:
-                stack.tasks = tasks
-            yield
-        finally:
-            for stack in stacks:
-                stack.tasks = None
-
     def _merged(self, task: str, source: str | Path | nn.Module) -> tuple[AdaptedModel, Metadata]:
         """A task's merged adapters and heads, in an adapted model whose backbone has no data; and facts of the task."""
         if isinstance(source, nn.Module):
@@ -238,42 +253,16 @@ class AdapterBank(Wrapper):
                 module.load_state_dict({key: given_tensors[f"{path}.{key}"] for key in module.state_dict()})
         return merge(adapted).requires_grad_(False), metadata
 
-    def _put_stacks(self, adapted: AdaptedModel) -> None:
-        """Put empty stacks where a task has its adapters and heads."""
-        for path in _linear_heads(adapted.backbone):
-            self.backbone.set_submodule(path, LinearStack())
-        for path, like in list(adapted.backbone.named_modules()):
-            if isinstance(like, AdaptedBlock):
-                self.backbone.set_submodule(path, _stacked(self.backbone.get_submodule(path), like))
+    def _put_back(self) -> None:
+        """Put the timm model's own blocks and heads where the stacks are: nothing is left of the tasks."""
+        take_stacks(self.backbone, self._heads, self._structure[0])
+        self._heads, self._tasks, self._kind = {}, {}, None
 
-
-def _stacked(block: nn.Module, like: AdaptedBlock) -> AdaptedBlock:
-    """A timm block with empty stacks where another one has its adapters."""
-    for path, linear in like.block.named_modules():
-        if isinstance(linear, LoRALinear):
-            call_qkv_as_module(block)
-            lora: Any = linear.lora
-            block.set_submodule(path, LoRALinear(block.get_submodule(path), LoRAStack(lora)))
-    stacks: dict[str, Any] = {name: AdapterStack(getattr(like, name)) for name in like.adapter_names}
-    return AdaptedBlock(block, like.placement, stacks).eval()
-
-
-def _linear_heads(backbone: nn.Module) -> list[str]:
-    """Where the linears of a timm model's heads are.
-
-    Raises:
-        ValueError: a head is more than a linear.
-    """
-    paths = []
-    for path, head in backbone.named_modules():
-        if any(head is known for known in heads(backbone)):
-            weighted = [
-                (name, module) for name, module in head.named_modules() if list(module.parameters(recurse=False))
-            ]
-            if len(weighted) != 1 or type(weighted[0][1]) is not nn.Linear:
-                raise ValueError(f"a bank holds linear heads, but {path} is {head}")
-            paths.append(f"{path}.{weighted[0][0]}".removesuffix("."))
-    return paths
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> AdapterBank:
+        """As nn.Module's, through which a module moves: the timm model's heads, set aside, come along."""
+        for head in self._heads.values():
+            head._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
 
 def _kind(adapted: AdaptedModel) -> str:

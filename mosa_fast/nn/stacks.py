@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
@@ -16,11 +18,33 @@ from mosa_fast.ops.reference import IDENTITY
 NOT_TOLD = "a bank's layer was not told the tasks of its samples: call the bank itself, as in bank(images, tasks=names)"
 
 
+class _Pass(threading.local):
+    """What the layers know of the pass that runs in this thread: threads share the layers, and not their passes.
+
+    A plain attribute of a thread, where a ContextVar would do as well: torch.compile cannot trace the latter's set.
+    """
+
+    tasks: Tensor | None = None
+
+
+_PASS = _Pass()
+
+
+@contextmanager
+def told(tasks: Tensor) -> Iterator[None]:
+    """Inside this context the stacks that this thread calls know the tasks of the samples, int32 `[B]`."""
+    before = _PASS.tasks
+    try:
+        _PASS.tasks = tasks
+        yield
+    finally:
+        _PASS.tasks = before
+
+
 class TaskStack(nn.Module):
     """Tensors of N tasks, stacked `[N, ...]` in buffers; smaller ones are padded.
 
     Attributes:
-        tasks: int32 `[B]` of the pass that is running; None between passes.
         shapes: of every task's own tensors, by name.
     """
 
@@ -29,7 +53,6 @@ class TaskStack(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tasks: Tensor | None = None
         self.shapes: list[dict[str, torch.Size]] = []
         for name in self.NAMES:
             self.register_buffer(name, None)
@@ -67,10 +90,11 @@ class TaskStack(nn.Module):
 
     def _tasks_of(self, x: Tensor) -> Tensor:
         """The task of every row of x's first dimension: samples, or windows of samples, one sample after the other."""
-        if self.tasks is None:
+        tasks = _PASS.tasks
+        if tasks is None:
             raise RuntimeError(NOT_TOLD)
-        windows = x.shape[0] // max(1, self.tasks.shape[0])
-        return self.tasks if windows == 1 else self.tasks.repeat_interleave(windows)
+        windows = x.shape[0] // max(1, tasks.shape[0])
+        return tasks if windows == 1 else tasks.repeat_interleave(windows)
 
 
 class AdapterStack(TaskStack):

@@ -111,6 +111,61 @@ def test_tasks_come_and_go(models, images):
     assert_like_alone(bank, models, images, ["dogs"] * 4, 1e-6)
 
 
+KINDS = [
+    ("vit", ADAPTER),
+    ("vit", {**ADAPTER, "placement": "houlsby"}),
+    ("vit", LORA),
+    ("beit", LORA),
+    ("deit_distilled", ADAPTER),
+    ("swin_v2", LORA),
+]
+
+
+def modules_of(model):
+    return {path: (module, module.training) for path, module in model.named_modules()}
+
+
+@pytest.mark.parametrize(("name", "config"), KINDS, ids=str)
+def test_an_emptied_bank_has_the_model_as_it_was_and_takes_tasks_of_any_kind(name, config):
+    plain = make_tiny(name).eval()
+    modules, x = modules_of(plain), image(plain, 4)
+    separate = [getattr(getattr(block, "attn", None), "qkv_bias_separate", None) for block in plain.modules()]
+    with torch.no_grad():
+        before = plain(x)
+    bank = AdapterBank(plain, {"a": trained(make_tiny(name), 3, 1, **config)})
+    bank.remove("a")
+    assert modules_of(plain) == modules
+    assert [getattr(getattr(block, "attn", None), "qkv_bias_separate", None) for block in plain.modules()] == separate
+    assert torch.equal(plain(x), before)
+    with pytest.raises(ValueError, match="no task 'a'; it has none"):
+        bank(x, tasks="a")
+    models = {"b": trained(make_tiny(name), 5, 2, **(LORA if config is ADAPTER else ADAPTER))}
+    bank.add("b", models["b"])
+    assert_like_alone(bank, models, x, ["b"] * 4, 1e-6)
+
+
+def test_heads_of_an_emptied_bank_have_moved_with_it(images):
+    plain = make_tiny_vit()
+    bank = AdapterBank(plain, {"a": trained_vit()}).double()
+    bank.remove("a")
+    assert plain(images.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("config", [ADAPTER, LORA], ids=str)
+def test_a_bank_that_fails_to_open_leaves_the_model_as_it_was(tmp_path, images, config):
+    plain = make_tiny_vit().train()
+    plain.blocks[0].requires_grad_(False)
+    plain.norm.eval()
+    modules = modules_of(plain)
+    gradients = {name: parameter.requires_grad for name, parameter in plain.named_parameters()}
+    models = {"a": trained_vit(**config)}
+    with pytest.raises(FileNotFoundError):
+        AdapterBank(plain, models | {"z": tmp_path / "missing.safetensors"})
+    assert modules_of(plain) == modules
+    assert {name: parameter.requires_grad for name, parameter in plain.named_parameters()} == gradients
+    assert_like_alone(AdapterBank(plain, models), models, images, ["a"] * 4, 1e-6)
+
+
 def test_models_that_are_added_stay_as_they_are_and_share_no_memory(models, images):
     with torch.no_grad():
         before = {name: model(images) for name, model in models.items()}
