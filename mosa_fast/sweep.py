@@ -199,6 +199,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"), help="folder of the runs (runs/sweep)")
     arguments, options = parser.parse_known_args()
     try:
+        if any(option.split("=")[0] == "--test" for option in options):
+            raise ValueError("--test is no option of a sweep: its table is of test accuracies")
         start, processes = engine(arguments)
         rows = make_rows(find_recipes(arguments.configs), tuple(options), parse_variants(arguments.vary))
         grid = None if arguments.grid == [] else parse_grid(arguments.grid or [])

@@ -338,3 +338,11 @@ def test_patterns_that_match_nothing_are_named(command):
     code, _, error = command(main, "--configs", "digits", "--seeds", 0)
     assert code == 2
     assert "--seeds must be at least 1, got 0" in error
+
+
+@pytest.mark.parametrize("words", [["--test=false"], ["--test", "false"]])
+def test_a_sweep_that_would_not_test_is_refused_up_front(tmp_path, trainings, command, words):
+    code, _, error = command(main, "--configs", "digits", "--out", tmp_path, *words)
+    assert code == 2
+    assert "--test is no option of a sweep: its table is of test accuracies" in error
+    assert not trainings
