@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from mosa_fast.sweep_runs import read_records
 
 STEPS = 520  # of the shortest schedule, about
 YARDSTICK = "dense"
@@ -109,8 +110,8 @@ def read(path: Path) -> list[dict[str, Any]]:
         ValueError: it cannot be read.
     """
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    except (OSError, ValueError) as error:
+        return read_records(path)
+    except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
 
 

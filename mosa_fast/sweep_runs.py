@@ -89,12 +89,15 @@ class Records:
 
     Args:
         path: the file; None: nothing is written.
+
+    Raises:
+        ValueError: a line that is not the last is broken.
     """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path is not None and path.is_file() else []
-        self._known = {_key(json.loads(line)) for line in lines if line}
+        found = read_records(path) if path is not None and path.is_file() else []
+        self._known = {_key(record) for record in found}
 
     def add(self, run: Run, summary: Summary) -> None:
         """Append a run, unless it is there."""
@@ -105,8 +108,29 @@ class Records:
         if _key(record) not in self._known:
             self._known.add(_key(record))
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            with self.path.open("ab+") as file:
+                file.seek(0)
+                content = file.read()
+                file.truncate(content.rfind(b"\n") + 1)  # what a kill cut short is not glued to this one
+                file.write(json.dumps(record).encode() + b"\n")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a file; a last line that a kill cut short, which has no newline, is left out.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: another line is broken.
+    """
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            record = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is broken: {error}") from None
+        if record is not None:
+            found.append(record)
+    return found
 
 
 def as_process(words: Sequence[str]) -> int:

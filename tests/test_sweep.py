@@ -252,6 +252,19 @@ def test_a_record_has_the_commit_that_its_run_was_made_by(tmp_path, trainings, m
     assert [json.loads(line)["commit"] for line in lines] == ["abc", "def"]
 
 
+def test_a_last_record_that_was_cut_short_is_written_again_and_other_damage_is_named(tmp_path, trainings):
+    rows, records = make_rows(find_recipes(["digits"])), tmp_path / "records.jsonl"
+    sweep(rows, [1, 2], {}, tmp_path, records=records)
+    whole = records.read_text()
+    records.write_text(whole[:-20])
+    assert len(sweep_runs.read_records(records)) == 1
+    sweep(rows, [1, 2], {}, tmp_path, records=records)
+    assert records.read_text() == whole
+    records.write_text(whole[:20] + "\n" + whole)
+    with pytest.raises(ValueError, match=r"records\.jsonl, line 1 is broken: Unterminated"):
+        sweep(rows, [1, 2], {}, tmp_path, records=records)
+
+
 def test_seeds_are_a_number_or_a_list():
     assert (parse_seeds("3"), parse_seeds("3,1"), parse_seeds("7,")) == (3, [3, 1], [7])
     with pytest.raises(ValueError, match="--seeds must be a number of seeds, or seeds as in 1,2,3; got 'x'"):
