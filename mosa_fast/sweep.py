@@ -154,9 +154,9 @@ def engine(arguments: argparse.Namespace) -> tuple[Start, int]:
     if arguments.processes is not None and arguments.processes < 1:
         raise ValueError(f"--processes must be at least 1, got {arguments.processes}")
     if arguments.engine == "ray":
-        from mosa_fast.sweep_ray import as_tasks, fitting
+        from mosa_fast.sweep_ray import Tasks, fitting
 
-        start = as_tasks(arguments.cpus, arguments.gpus)
+        start = Tasks(arguments.cpus, arguments.gpus)
         return start, arguments.processes or fitting(arguments.cpus, arguments.gpus)
     processes = arguments.processes or 1
     if processes > 1:

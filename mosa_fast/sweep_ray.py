@@ -8,10 +8,11 @@ the one that died cannot go on beside it. The folder of the runs and this packag
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
+from typing import Any
 
-from mosa_fast.sweep_runs import Start
-
+TOLD_TO_STOP = 130  # exit code of a training that SIGINT has stopped
 RETRIES = 20  # of a task whose process died; what a run itself reports as an error is not tried again
 
 
@@ -39,22 +40,45 @@ def connect() -> None:
         raise ValueError(f"no cluster of Ray: {str(error).splitlines()[0]}") from None
 
 
-def as_tasks(cpus: float, gpus: float) -> Start:
-    """What starts a training as a task and waits for its exit code.
+class Tasks:
+    """What starts a training as a task and waits for its exit code; it joins the cluster.
 
     Args:
         cpus, gpus: that a task asks for.
     """
-    connect()
-    import ray
 
-    # A process for each run: a GPU's memory is free again when it is over.
-    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES, max_calls=1)(train_here)
+    def __init__(self, cpus: float, gpus: float) -> None:
+        connect()
+        import ray
 
-    def start(words: Sequence[str]) -> int:
-        return ray.get(task.remote(list(words), os.getcwd()))
+        # A process for each run: a GPU's memory is free again when it is over.
+        self._task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES, max_calls=1)(train_here)
+        self._lock, self._running, self._cancelled = threading.Lock(), set[Any](), False
 
-    return start
+    def __call__(self, words: Sequence[str]) -> int:
+        """Train; the exit code."""
+        import ray
+
+        with self._lock:
+            if self._cancelled:
+                return TOLD_TO_STOP
+            task = self._task.remote(list(words), os.getcwd())
+            self._running.add(task)
+        try:
+            return ray.get(task)
+        except (ray.exceptions.TaskCancelledError, KeyboardInterrupt):
+            return TOLD_TO_STOP
+        finally:
+            self._running.discard(task)
+
+    def cancel(self) -> None:
+        """Tell all trainings to stop, as Ctrl-C tells one; they save a checkpoint. None is started any more."""
+        import ray
+
+        with self._lock:
+            self._cancelled = True
+            for task in list(self._running):
+                ray.cancel(task)
 
 
 def train_here(words: list[str], folder: str) -> int:

@@ -11,7 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from mosa_fast.recipes import load_recipe
 from mosa_fast.run_folder import RunFolder
@@ -28,6 +28,14 @@ Start = Callable[[Sequence[str]], int]  # trains as the words of a command line 
 T = TypeVar("T")
 # Gives runs, gets their summaries (None: it failed), until it returns what it found.
 Job = Generator[list["Run"], list[Summary | None], T]
+
+
+@runtime_checkable
+class Cancellable(Protocol):
+    """A Start whose trainings do not get the signals that this process gets."""
+
+    def cancel(self) -> None:
+        """Tell them to stop, and start none any more."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +191,10 @@ def execute(jobs: Sequence[Job[T]], processes: int, records: Records, start: Sta
                     records.add(run, summary)
                 if not waiting[job] and all(other != job for other, _, _ in running.values()):
                     advance(job)
+    except BaseException:
+        if isinstance(start, Cancellable):  # processes of this machine's have got the user's Ctrl-C themselves
+            start.cancel()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
     return [found[job] for job in range(len(jobs))]

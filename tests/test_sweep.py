@@ -310,6 +310,30 @@ def test_failed_runs_are_listed_and_the_rest_goes_on(tmp_path, trainings, comman
     assert "| configs/digits | failed | - | 0 |" in out
 
 
+@pytest.mark.timeout(60)
+def test_an_interruption_cancels_trainings_that_do_not_get_it(tmp_path):
+    class Elsewhere:
+        """Trainings on other machines: they go on until they are told."""
+
+        def __init__(self):
+            self.told, self.begun = threading.Event(), threading.Semaphore(0)
+
+        def __call__(self, words):
+            self.begun.release()
+            if words[-1].endswith("seed3407"):  # the first is told to stop when the second has begun
+                self.begun.acquire()
+                self.begun.acquire()
+                return 130
+            self.told.wait()
+            return 130
+
+        def cancel(self):
+            self.told.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(make_rows(find_recipes(["digits"])), 3, {}, tmp_path, processes=2, start=Elsewhere())
+
+
 def test_an_interruption_stops_and_says_how_to_go_on(tmp_path, monkeypatch, command):
     monkeypatch.setattr(sweep_runs.subprocess, "run", lambda command: type("Done", (), {"returncode": 130}))
     code, _, error = command(main, "--configs", "digits", "--out", tmp_path)
