@@ -140,6 +140,12 @@ class DataConfig:
     """
     random_erasing: float = option(0.0, low=0.0, high=1.0, families=AUGMENTED)
     """Probability of erasing a random rectangle of a training image."""
+    mixup: float = option(0.0, low=0.0, families=AUGMENTED)
+    """Mix training images with others, their parts drawn from Beta(mixup, mixup). 0: do not. The loss and the training
+    accuracy are then those of the mixtures."""
+    cutmix: float = option(0.0, low=0.0, families=AUGMENTED)
+    """Put boxes of others into training images, their areas drawn from Beta(cutmix, cutmix). 0: do not; with mixup too,
+    half of the images get the one and half the other."""
 
     def __post_init__(self) -> None:
         check_fields(self, "data.")

@@ -20,9 +20,11 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default
 from mosa_fast.data.image_file import UNREADABLE
 from mosa_fast.data.images import ImageFiles
 from mosa_fast.data.memory import DECODE_THREADS
+from mosa_fast.data.mixing import Mixing
 from mosa_fast.data.parts import Splits
 from mosa_fast.data.step_sampler import StepSampler, StepSlice
 
+MIXING = 1  # what tells the draws of mixtures from those of an image's own transforms
 PREFETCH = 4  # batches that each worker loads ahead
 
 
@@ -32,7 +34,7 @@ class Batch:
 
     Attributes:
         images: float32 `[B, 3, H, W]`.
-        labels: int64 `[B]`.
+        labels: int64 `[B]`, or of mixed images float32 `[B, classes]`: their parts of each class.
         first: place of the first image in the step's batch, over all processes.
         count: images that count: B, or 0 where this process has none and stands in with another's.
         total: images of the step, over all processes.
@@ -59,6 +61,7 @@ def train_loader(
     batch_size: int,
     seed: int,
     *,
+    mixing: Mixing | None = None,
     workers: int = 0,
     pin: bool = False,
     rank: int = 0,
@@ -69,13 +72,14 @@ def train_loader(
     Args:
         dataset: gives (image, label).
         batch_size: of a step, over all ranks.
-        seed: of order and transforms.
+        seed: of order, transforms and mixing.
+        mixing: of images with others of the data set.
         workers: processes that load.
         pin: put batches into pinned memory, from where a GPU copies without waiting.
         rank, world: this process, and how many there are.
     """
     sampler = StepSampler(len(dataset), batch_size, seed, rank, world)  # type: ignore[arg-type]
-    return _loader(dataset, sampler, seed, workers, pin, keep_workers=True)
+    return _loader(SeededDataset(dataset, seed, mixing), sampler, workers, pin, keep_workers=True)
 
 
 def evaluation_loader(
@@ -87,7 +91,7 @@ def evaluation_loader(
     for start in range(0, len(mine), batch_size):
         indices = list(mine[start : start + batch_size])
         slices.append(StepSlice(0, indices, 0, len(indices), len(indices)))
-    return _loader(dataset, slices, 0, workers, pin, keep_workers=False)
+    return _loader(SeededDataset(dataset, 0), slices, workers, pin, keep_workers=False)
 
 
 def batches(loader: DataLoader[Any]) -> Iterator[Batch]:
@@ -115,8 +119,8 @@ class Unreadable:
 class SeededDataset(Dataset[Any]):
     """The items of a step; whatever their transforms draw from torch is a function of (seed, epoch, index)."""
 
-    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
+    def __init__(self, dataset: Dataset[Any], seed: int, mixing: Mixing | None = None) -> None:
+        self.dataset, self.seed, self.mixing = dataset, seed, mixing
         self.draws = not isinstance(dataset, TensorDataset)
 
     def __getitems__(self, part: StepSlice) -> tuple[StepSlice, list[Any]]:
@@ -125,6 +129,14 @@ class SeededDataset(Dataset[Any]):
 
     def item(self, epoch: int, index: int) -> Any:
         """(image, label), or an Unreadable."""
+        item = self._read(epoch, index)
+        if self.mixing is None or isinstance(item, Unreadable):
+            return item
+        dice = np.random.default_rng((self.seed, epoch, index, MIXING))
+        other = self._read(epoch, int(dice.integers(len(self.dataset))))  # type: ignore[arg-type]
+        return other if isinstance(other, Unreadable) else self.mixing.mix(item, other, dice)
+
+    def _read(self, epoch: int, index: int) -> Any:
         if self.draws:
             words = np.random.SeedSequence((self.seed, epoch, index)).generate_state(2, np.uint32)
             torch.default_generator.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
@@ -183,13 +195,11 @@ def _readable(dataset: Dataset[Any]) -> list[int]:
     return kept
 
 
-def _loader(
-    dataset: Dataset[Any], slices: Any, seed: int, workers: int, pin: bool, *, keep_workers: bool
-) -> DataLoader[Any]:
-    if isinstance(dataset, TensorDataset):
+def _loader(dataset: SeededDataset, slices: Any, workers: int, pin: bool, *, keep_workers: bool) -> DataLoader[Any]:
+    if isinstance(dataset.dataset, TensorDataset):
         workers = 0  # in memory already
     return DataLoader(
-        SeededDataset(dataset, seed),
+        dataset,
         batch_sampler=slices,
         collate_fn=collate,  # type: ignore[arg-type]  # it gets what __getitems__ gives, not a list of items
         num_workers=workers,

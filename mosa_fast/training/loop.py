@@ -18,6 +18,7 @@ from mosa_fast.backbones.frozen import set_training
 from mosa_fast.config import TrainConfig
 from mosa_fast.data.fingerprint import DataFingerprint
 from mosa_fast.data.loading import batches, evaluation_loader, train_loader
+from mosa_fast.data.mixing import Mixing
 from mosa_fast.methods import METHODS
 from mosa_fast.run_folder import RunFolder
 from mosa_fast.run_lock import lock_folder
@@ -104,7 +105,8 @@ def train(
             "rank": ranks.rank,
             "world": ranks.world,
         }
-        loader: Any = train_loader(splits.train, position.batch_size, config.seed, **loading)
+        mixing = Mixing.of(config.data, len(splits.classes))
+        loader: Any = train_loader(splits.train, position.batch_size, config.seed, mixing=mixing, **loading)
 
         # Set-up: model, loss, optimizer and the step that joins them.
         model = build_model(config, len(splits.classes))

@@ -23,7 +23,7 @@ def mosa_loss(
 
     Args:
         logits: `[V * B, classes]`, view after view; V is 1 or 2.
-        labels: int64 `[B]`.
+        labels: int64 `[B]`, or probabilities of the classes, float `[B, classes]`.
         class_weights: `[classes]`, for the cross-entropy; its sum is divided by the batch size all the same.
         block_outputs: outputs of the first blocks, `[V * B, T, D]` each, for the deep term.
 
@@ -83,6 +83,7 @@ def class_weights(labels: list[int], classes: int, rule: str) -> Tensor | None:
 
 def _cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
     weights = None if weights is None else weights.to(logits.dtype)
+    labels = labels.to(logits.dtype) if labels.is_floating_point() else labels
     return F.cross_entropy(logits, labels, weight=weights, reduction="sum") / max(1, len(labels))
 
 

@@ -45,7 +45,8 @@ class Objective(nn.Module):
                 logits = self.model(images)
         weights: Any = self.class_weights
         loss = mosa_loss(logits, labels, self.config, weights, outputs and outputs[:DEEP_BLOCKS])
-        return loss, (logits[: len(labels)].argmax(1) == labels).sum()
+        likeliest = labels.argmax(1) if labels.is_floating_point() else labels
+        return loss, (logits[: len(labels)].argmax(1) == likeliest).sum()
 
 
 class TrainStep:

@@ -1,5 +1,7 @@
 """Whole runs on families of image files, with the embedded backbone."""
 
+import json
+
 import pytest
 import torch
 from layouts import write_fgvc, write_vtab
@@ -65,3 +67,16 @@ def test_a_run_on_blocks_without_a_seam_says_why_before_anything_is_downloaded(t
     data = DataConfig(name="fgvc", task="cub", root=str(write_fgvc(tmp_path)), workers=0)
     with pytest.raises(ValueError, match=r"ParallelScalingBlock, which cannot be adapted: .* products and"):
         run(tmp_path, data=data, model=ModelConfig("vit_pwee_patch16_reg1_gap_256.sbb_in1k"))
+
+
+def test_a_run_on_mixtures_learns_and_is_the_same_in_parts(tmp_path):
+    root = str(write_fgvc(tmp_path))
+    rows = []
+    for accumulate in (1, 2):
+        data = DataConfig(name="fgvc", task="cub", root=root, workers=0, mixup=0.2, cutmix=1.0, augment="randaugment")
+        out = tmp_path / str(accumulate)
+        run(out, data=data, optim={"accumulate": accumulate}, test=False)
+        rows.append([json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()])
+    assert rows[0][1]["train_loss"] < rows[0][0]["train_loss"]
+    for one, other in zip(*rows, strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
