@@ -100,6 +100,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> AdaptedModel:
     if adapted is None:
         adapted = prepare(model, metadata.config, tensors)
     load_trained_state(adapted, tensors, str(path))
+    _keep_training(adapted, tensors)
     adapted.classes = metadata.classes or adapted.classes
     adapted.preprocessing = metadata.preprocessing or adapted.preprocessing
     return adapted
@@ -214,6 +215,14 @@ def frozen_parameters(model: nn.Module, trained: Container[str]) -> dict[str, Te
     parameters = model.named_parameters(remove_duplicate=False)
     found = {names[unwrapped_name(name)]: parameter for name, parameter in parameters}
     return {name: parameter for name, parameter in found.items() if name not in trained}
+
+
+def _keep_training(model: nn.Module, trained: Container[str]) -> None:
+    """What was trained of the backbone is trained on, and saved again: a norm, say."""
+    names = {unwrapped_name(name): timm_name for name, timm_name in timm_names(model).items()}
+    for name, parameter in model.named_parameters():
+        if names[unwrapped_name(name)] in trained:
+            parameter.requires_grad_(True)
 
 
 def _check_backbone(model: nn.Module, tensors: dict[str, Tensor], metadata: Metadata, source: str) -> None:

@@ -244,3 +244,17 @@ def test_only_a_regular_file_is_written_over(tmp_path):
         with pytest.raises(ValueError, match="is not a regular file, and is not written over"):
             mosa.save_adapter(make_trained(), path)
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_what_was_trained_of_the_backbone_is_saved_again(tmp_path, images):
+    model = mosa.adapt(make_tiny_vit(), mosa.MoSAConfig(bottleneck=2))
+    model.norm.requires_grad_(True)
+    with torch.no_grad():
+        model.norm.weight += 1
+    mosa.save_adapter(model, tmp_path / "a.safetensors")
+    loaded = mosa.load_adapter(make_tiny_vit(), tmp_path / "a.safetensors")
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name, parameter in loaded.named_parameters() if parameter.requires_grad} == trained
+    mosa.save_adapter(loaded, tmp_path / "b.safetensors")
+    again = mosa.load_adapter(make_tiny_vit(), tmp_path / "b.safetensors").eval()
+    assert torch.equal(again(images), model.eval()(images))
