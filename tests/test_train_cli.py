@@ -182,7 +182,7 @@ def test_a_disk_that_is_full_while_tensors_are_written_is_one_line(tmp_path, mon
     def full(*_, **__):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("mosa_fast.training.checkpoint.save_file", full)
+    monkeypatch.setattr("mosa_fast.tensor_file.save_file", full)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as left:
         main([*TINY, "--out=here"])
