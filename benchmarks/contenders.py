@@ -25,9 +25,10 @@ from benchmarks.ours import backends_of, best_backend, int8_backbone, method, ou
 from benchmarks.plain import CopiedAdapter, DenseAdapter, PlainModel
 from benchmarks.plain_lora import CopiedPairs, CopiedPairsModel, GivenTargets, PeftPairs, SeparateQKV
 from benchmarks.spec import CONFIG, DENSE_LORA_CONFIG, LORA_CONFIG, OPERATORS, VIEWS, Spec
-from mosa_fast.adapters.model import AdaptedModel, adapters
+from mosa_fast.adapters.model import AdaptedModel
 from mosa_fast.adapters.placements import repeat_batch
 from mosa_fast.methods import METHODS, Method
+from mosa_fast.nn.mixture import adapters
 from mosa_fast.ops.backends import unavailable_reason
 
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from benchmarks.spec import CLASSES, CONFIG, VIEWS, Level, Spec
 from mosa_fast.adapters.block import AdaptedBlock, routed
-from mosa_fast.adapters.model import AdaptedModel, adapt, adapters
+from mosa_fast.adapters.model import AdaptedModel, adapt
 from mosa_fast.adapters.placements import repeat_batch
 from mosa_fast.config import MoSAConfig
+from mosa_fast.nn.mixture import adapters
 from mosa_fast.routing import Routing, as_seed, draw
 from mosa_fast.training.precision import store_frozen
 

@@ -14,10 +14,11 @@ from benchmarks.learner import Batch, Learner
 from benchmarks.models import Setting
 from benchmarks.spec import CONFIG, VIEWS, Level
 from mosa_fast.adapters.int8 import quantise_backbone
-from mosa_fast.adapters.model import AdaptedModel, adapters
+from mosa_fast.adapters.model import AdaptedModel
 from mosa_fast.backbones.fingerprint import is_quantised
 from mosa_fast.config import MoSAConfig
 from mosa_fast.methods import Method
+from mosa_fast.nn.mixture import adapters
 from mosa_fast.ops import backend
 from mosa_fast.ops.backends import BACKENDS, KERNELS, unavailable_reason
 

@@ -22,8 +22,9 @@ from benchmarks.timing import Work
 from benchmarks.workbench import Workbench
 from mosa_fast.adapters.bank import AdapterBank
 from mosa_fast.adapters.fold import merge
-from mosa_fast.adapters.model import AdaptedModel, adapters
+from mosa_fast.adapters.model import AdaptedModel
 from mosa_fast.config import MoSAConfig
+from mosa_fast.nn.mixture import adapters
 from mosa_fast.ops import backend
 from mosa_fast.training.precision import autocast
 

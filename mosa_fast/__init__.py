@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from mosa_fast.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from mosa_fast.adapters.adapter_file import load_adapter, save_adapter
+    from mosa_fast.adapters.adapter_file import save_adapter
     from mosa_fast.adapters.bank import AdapterBank
     from mosa_fast.adapters.fold import fold, merge
-    from mosa_fast.adapters.model import AdaptedModel, adapt
+    from mosa_fast.adapters.model import AdaptedModel, adapt, load_adapter
     from mosa_fast.adapters.summary import summary
     from mosa_fast.config import MoSAConfig
     from mosa_fast.nn.sparse_adapter import SparseAdapter
@@ -27,7 +27,7 @@ _HOMES = {
     "adapt": "mosa_fast.adapters.model",
     "fold": "mosa_fast.adapters.fold",
     "merge": "mosa_fast.adapters.fold",
-    "load_adapter": "mosa_fast.adapters.adapter_file",
+    "load_adapter": "mosa_fast.adapters.model",
     "save_adapter": "mosa_fast.adapters.adapter_file",
     "summary": "mosa_fast.adapters.summary",
     "MoSAConfig": "mosa_fast.config",

@@ -8,7 +8,6 @@ from functools import cache
 import pytest
 import torch
 
-from mosa_fast.adapters.model import adapters
 from mosa_fast.adapters.placements import PLACEMENTS
 from mosa_fast.backbones.create import create_backbone
 from mosa_fast.config import TrainConfig
@@ -17,6 +16,7 @@ from mosa_fast.data.fgvc import MULTITASK_CLASSES, SETS
 from mosa_fast.data.gicd import TASKS as GICD
 from mosa_fast.data.vtab import TASKS as VTAB
 from mosa_fast.methods import METHODS
+from mosa_fast.nn.mixture import adapters
 from mosa_fast.recipes import find_recipe, load_grid, load_recipe, merge, packaged
 from mosa_fast.sweep_arguments import FOLDERS_OF_PARTS
 from mosa_fast.train import parse

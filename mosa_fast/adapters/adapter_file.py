@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mosa_fast.adapters.block import AdaptedBlock
 from mosa_fast.adapters.metadata import Metadata, open_adapter, versions
-from mosa_fast.adapters.model import AdaptedModel, adapt, adapters
 from mosa_fast.adapters.wrapper import Wrapper, unwrapped, unwrapped_name
 from mosa_fast.backbones.fingerprint import Fingerprint
-from mosa_fast.backbones.heads import classifiers, heads
+from mosa_fast.backbones.heads import classifiers
 from mosa_fast.backbones.identity import arguments_of, name_of
-from mosa_fast.config import MoSAConfig
 from mosa_fast.nn import SparseProjection
+from mosa_fast.nn.mixture import adapters
 from mosa_fast.tensor_file import on_cpu, write_tensors
 
 DIGEST = "sha256"  # the key of the metadata that tells a damaged file
@@ -67,45 +67,6 @@ def metadata_of(model: Any, trained: Container[str]) -> Metadata:
     )
 
 
-def load_adapter(model: nn.Module, path: str | Path) -> AdaptedModel:
-    """Read a file of `save_adapter` into a model.
-
-    Args:
-        model: the same backbone, in any precision: a plain timm model, which gets adapters and a head of the file's
-            size in place, or one that was adapted with the same configuration.
-        path: the file.
-
-    Returns:
-        The adapted model: the given one, or one around it; with the file's `classes` and `preprocessing`.
-
-    Raises:
-        ValueError: the file is not an adapter file, is broken, or does not fit the model, which then is as it was: the
-            message names what differs (configuration, tensors, the backbone's weights, classes).
-        FileNotFoundError: there is no such file.
-    """
-    tensors, metadata = read_adapter(Path(path))
-    model = unwrapped(model)
-    adapted: AdaptedModel | None = model if isinstance(model, AdaptedModel) else None
-    if adapted is not None:
-        if adapted.mosa_config != metadata.config:
-            raise ValueError(f"{path} was saved with {metadata.config}, but the model has {adapted.mosa_config}")
-        if metadata.classes is not None and adapted.classes not in (None, metadata.classes):
-            raise ValueError(
-                f"{path} is for {_shown(metadata.classes)}, but the model is for {_shown(adapted.classes)}"
-            )
-    # Checked on a copy without data first, so that a file that does not fit leaves the model as it was.
-    check_adapter(
-        adapted or prepare(without_data(model), metadata.config, tensors), model, tensors, metadata, str(path)
-    )
-    if adapted is None:
-        adapted = prepare(model, metadata.config, tensors)
-    load_trained_state(adapted, tensors, str(path))
-    _keep_training(adapted, tensors)
-    adapted.classes = metadata.classes or adapted.classes
-    adapted.preprocessing = metadata.preprocessing or adapted.preprocessing
-    return adapted
-
-
 def read_adapter(path: Path) -> tuple[dict[str, Tensor], Metadata]:
     """What an adapter file holds, by timm name, and what it says of itself; it raises what `read_metadata` does."""
     with open_adapter(path) as handle:
@@ -128,7 +89,7 @@ def content_digest(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> s
 
 
 def check_adapter(
-    candidate: AdaptedModel, backbone: nn.Module, tensors: dict[str, Tensor], metadata: Metadata, source: str
+    candidate: nn.Module, backbone: nn.Module, tensors: dict[str, Tensor], metadata: Metadata, source: str
 ) -> None:
     """Check what an adapter file holds.
 
@@ -172,7 +133,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
         own = dict(module.named_parameters(path, recurse=False))
         trained = {name for name, parameter in own.items() if parameter.requires_grad}
         kept |= trained | ({name for name, _ in module.named_buffers(path, recurse=False)} if trained else set())
-    if isinstance(model, AdaptedModel):
+    if any(isinstance(module, AdaptedBlock) for module in model.modules()):
         parts = {id(module) for module in (*adapters(model), *classifiers(model))}
         for path, module in model.named_modules():
             if id(module) in parts:
@@ -217,7 +178,7 @@ def frozen_parameters(model: nn.Module, trained: Container[str]) -> dict[str, Te
     return {name: parameter for name, parameter in found.items() if name not in trained}
 
 
-def _keep_training(model: nn.Module, trained: Container[str]) -> None:
+def keep_training(model: nn.Module, trained: Container[str]) -> None:
     """What was trained of the backbone is trained on, and saved again: a norm, say."""
     names = {unwrapped_name(name): timm_name for name, timm_name in timm_names(model).items()}
     for name, parameter in model.named_parameters():
@@ -232,33 +193,19 @@ def _check_backbone(model: nn.Module, tensors: dict[str, Tensor], metadata: Meta
     if different:
         raise ValueError(
             f"{source} was trained on another backbone: on {metadata.backbone or 'one without a name'}, and this is "
-            f"{name_of(model) or 'one without a name'} with other weights in {_shown(different)}"
+            f"{name_of(model) or 'one without a name'} with other weights in {shown(different)}"
         )
 
 
-def _check_classes(model: AdaptedModel, metadata: Metadata, source: str) -> None:
+def _check_classes(model: Any, metadata: Metadata, source: str) -> None:
     if metadata.classes is not None and len(metadata.classes) != model.num_classes:
-        raise ValueError(f"{source} is broken: it names {_shown(metadata.classes)}, its head has {model.num_classes}")
+        raise ValueError(f"{source} is broken: it names {shown(metadata.classes)}, its head has {model.num_classes}")
 
 
-def _shown(names: Sequence[str] | None) -> str:
+def shown(names: Sequence[str] | None) -> str:
     """A list of names, cut short: "3 classes" say less than which."""
     names = names or []
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def prepare(model: nn.Module, config: MoSAConfig, tensors: dict[str, Tensor]) -> AdaptedModel:
-    """Adapters, and a head of the file's size, for a plain model."""
-    timm_model: Any = model
-    own = [path for path, module in model.named_modules() if any(module is head for head in heads(model))]
-    sizes = [
-        tensor.shape[0]
-        for name, tensor in tensors.items()
-        if tensor.ndim == 2 and any(name.startswith(f"{path}.") for path in own)
-    ]
-    if sizes and sizes[0] != timm_model.num_classes:
-        timm_model.reset_classifier(sizes[0])
-    return adapt(model, config)
 
 
 def without_data(model: nn.Module) -> nn.Module:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from mosa_fast.adapters.adapter_file import (
     check_adapter,
     metadata_of,
-    prepare,
     read_adapter,
     timm_names,
     trained_state,
@@ -24,12 +23,13 @@ from mosa_fast.adapters.block import AdaptedBlock
 from mosa_fast.adapters.fold import merge
 from mosa_fast.adapters.gate import Gate
 from mosa_fast.adapters.metadata import Metadata
-from mosa_fast.adapters.model import AdaptedModel, adapters
+from mosa_fast.adapters.model import AdaptedModel, prepare
 from mosa_fast.adapters.seams import carries_samples, find_blocks
 from mosa_fast.adapters.stacking import put_stacks, take_stacks
 from mosa_fast.adapters.wrapper import Wrapper, unwrapped
 from mosa_fast.backbones.heads import classifiers, heads
 from mosa_fast.data.preprocessing import Preprocessing
+from mosa_fast.nn.mixture import adapters
 from mosa_fast.nn.stacks import TaskStack, told
 
 

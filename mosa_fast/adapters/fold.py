@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from mosa_fast.adapters.block import AdaptedBlock
 from mosa_fast.adapters.linears import LoRALinear
-from mosa_fast.adapters.model import AdaptedModel, adapters
+from mosa_fast.adapters.model import AdaptedModel
 from mosa_fast.adapters.seams import call_qkv_as_module, seam_of
 from mosa_fast.adapters.wrapper import unwrapped, unwrapped_name
 from mosa_fast.backbones.fingerprint import is_quantised
 from mosa_fast.backbones.structure import structure_of
+from mosa_fast.nn.mixture import adapters
 
 Model = TypeVar("Model", bound=nn.Module)
 

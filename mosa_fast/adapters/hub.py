@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mosa_fast.adapters.adapter_file import load_adapter, read_adapter, save_adapter, trained_state
+from mosa_fast.adapters.adapter_file import read_adapter, save_adapter, trained_state
 from mosa_fast.adapters.metadata import read_metadata
-from mosa_fast.adapters.model import AdaptedModel, adapters
 from mosa_fast.adapters.model_card import model_card
 from mosa_fast.backbones.identity import make_again
 from mosa_fast.files import write_text
+from mosa_fast.nn.mixture import adapters
 from mosa_fast.run_folder import RunFolder
 
 ADAPTER = RunFolder("").adapter.name  # so that the folder of a run can be loaded, too
@@ -55,14 +55,16 @@ def save_pretrained(model: nn.Module, folder: str | Path, run: str | Path | None
     write_text(folder / CARD, model_card(metadata, name or str(folder), summary))
 
 
-def load_pretrained(
+def find_pretrained(
     name_or_folder: str | Path,
     backbone: nn.Module | None = None,
     *,
     revision: str | None = None,
     token: str | None = None,
-) -> AdaptedModel:
-    """The model of a folder or of a repository on the Hub; see `AdaptedModel.from_pretrained`."""
+) -> tuple[Path, nn.Module]:
+    """The adapter file of a folder or of a repository on the Hub, and its backbone, made if it is not given; see
+    `AdaptedModel.from_pretrained`.
+    """
     path = _adapter_file(name_or_folder, revision, token)
     metadata = read_metadata(path)
     if backbone is None:
@@ -72,7 +74,7 @@ def load_pretrained(
         assert metadata.backbone_arguments is not None
         # The file's own head has another size, as a rule, and load_adapter makes room for it.
         backbone = make_again(metadata.backbone, metadata.backbone_arguments, len(metadata.classes or [0]))
-    return load_adapter(backbone, path)
+    return path, backbone
 
 
 def push_to_hub(

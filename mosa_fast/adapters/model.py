@@ -9,23 +9,31 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mosa_fast.adapters import hub
+from mosa_fast.adapters.adapter_file import (
+    check_adapter,
+    keep_training,
+    load_trained_state,
+    read_adapter,
+    shown,
+    without_data,
+)
 from mosa_fast.adapters.block import AdaptedBlock, routed
 from mosa_fast.adapters.linears import put_loras
 from mosa_fast.adapters.placements import PLACEMENTS, QKVO, repeat_batch
 from mosa_fast.adapters.seams import AFTER_BLOCKS, call_quantised_qkv, carries_samples, find_blocks, seam_of
-from mosa_fast.adapters.wrapper import Wrapper
+from mosa_fast.adapters.wrapper import Wrapper, unwrapped
 from mosa_fast.backbones.frozen import hold_statistics, parts_samples
-from mosa_fast.backbones.heads import classifiers
+from mosa_fast.backbones.heads import classifiers, heads
 from mosa_fast.config import MoSAConfig
 from mosa_fast.data.preprocessing import Preprocessing
-from mosa_fast.nn.mixture import FIXED, MixtureLayer
+from mosa_fast.nn.mixture import FIXED, adapters
 from mosa_fast.routing import Routing, as_seed, draw
 
 CHECKPOINTS_BY_ITSELF = (
@@ -196,7 +204,7 @@ class AdaptedModel(Wrapper):
             ValueError: `run` is not the folder of a finished run, or trained another model.
             OSError: a file cannot be written.
         """
-        _hub().save_pretrained(self, folder, run)
+        hub.save_pretrained(self, folder, run)
 
     @classmethod
     def from_pretrained(
@@ -221,7 +229,8 @@ class AdaptedModel(Wrapper):
         Raises:
             ValueError: it can't be loaded, or the backbone is not the one that the adapters were trained on.
         """
-        return _hub().load_pretrained(name_or_folder, backbone, revision=revision, token=token)
+        path, backbone = hub.find_pretrained(name_or_folder, backbone, revision=revision, token=token)
+        return load_adapter(backbone, path)
 
     def push_to_hub(
         self,
@@ -244,9 +253,7 @@ class AdaptedModel(Wrapper):
         Returns:
             The repository's address.
         """
-        return _hub().push_to_hub(
-            self, repository, run=run, private=private, token=token, commit_message=commit_message
-        )
+        return hub.push_to_hub(self, repository, run=run, private=private, token=token, commit_message=commit_message)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that the timm model wants spared from weight decay."""
@@ -302,19 +309,55 @@ def adapt(model: nn.Module, config: MoSAConfig | None = None) -> AdaptedModel:
     return adapted
 
 
-def adapters(model: nn.Module) -> Iterator[Any]:
-    """The mixture layers in a model (SparseAdapter, SparseLoRA), whatever wraps it or its blocks, as they run.
+def load_adapter(model: nn.Module, path: str | Path) -> AdaptedModel:
+    """Read a file of `save_adapter` into a model.
+
+    Args:
+        model: the same backbone, in any precision: a plain timm model, which gets adapters and a head of the file's
+            size in place, or one that was adapted with the same configuration.
+        path: the file.
+
+    Returns:
+        The adapted model: the given one, or one around it; with the file's `classes` and `preprocessing`.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the file is not an adapter file, is broken, or does not fit the model, which then is as it was: the
+            message names what differs (configuration, tensors, the backbone's weights, classes).
+        FileNotFoundError: there is no such file.
     """
-    found = False
-    for module in model.modules():
-        if isinstance(module, MixtureLayer):
-            found = True
-            yield module
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no adapters; call adapt(model, config) first")
+    tensors, metadata = read_adapter(Path(path))
+    model = unwrapped(model)
+    adapted: AdaptedModel | None = model if isinstance(model, AdaptedModel) else None
+    if adapted is not None:
+        if adapted.mosa_config != metadata.config:
+            raise ValueError(f"{path} was saved with {metadata.config}, but the model has {adapted.mosa_config}")
+        if metadata.classes is not None and adapted.classes not in (None, metadata.classes):
+            raise ValueError(f"{path} is for {shown(metadata.classes)}, but the model is for {shown(adapted.classes)}")
+    # Checked on a copy without data first, so that a file that does not fit leaves the model as it was.
+    check_adapter(
+        adapted or prepare(without_data(model), metadata.config, tensors), model, tensors, metadata, str(path)
+    )
+    if adapted is None:
+        adapted = prepare(model, metadata.config, tensors)
+    load_trained_state(adapted, tensors, str(path))
+    keep_training(adapted, tensors)
+    adapted.classes = metadata.classes or adapted.classes
+    adapted.preprocessing = metadata.preprocessing or adapted.preprocessing
+    return adapted
+
+
+def prepare(model: nn.Module, config: MoSAConfig, tensors: dict[str, Tensor]) -> AdaptedModel:
+    """Adapters, and a head of the file's size, for a plain model."""
+    timm_model: Any = model
+    own = [path for path, module in model.named_modules() if any(module is head for head in heads(model))]
+    sizes = [
+        tensor.shape[0]
+        for name, tensor in tensors.items()
+        if tensor.ndim == 2 and any(name.startswith(f"{path}.") for path in own)
+    ]
+    if sizes and sizes[0] != timm_model.num_classes:
+        timm_model.reset_classifier(sizes[0])
+    return adapt(model, config)
 
 
 def _repeated(value: Any, views: int) -> Any:
@@ -347,11 +390,6 @@ def _parts(backbone: nn.Module) -> tuple[list[AdaptedBlock], list[nn.Module]]:
     if any(map(_checkpoints, (backbone, *others))):
         raise RuntimeError(CHECKPOINTS_BY_ITSELF)
     return blocks, others
-
-
-def _hub() -> Any:
-    # By name, as the package brings in its public names: the methods above are but words for what stands on this file.
-    return import_module("mosa_fast.adapters.hub")
 
 
 def _disabled(blocks: list[AdaptedBlock]) -> bool:

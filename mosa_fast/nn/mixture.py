@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,3 +82,18 @@ class MixtureLayer(nn.Module):
     def extra_repr(self) -> str:
         """What repr shows."""
         return f"scale={'trainable' if isinstance(self.scale, nn.Parameter) else self.scale}"
+
+
+def adapters(model: nn.Module) -> Iterator[Any]:
+    """The mixture layers in a model (SparseAdapter, SparseLoRA), whatever wraps it or its blocks, as they run.
+
+    Raises:
+        ValueError: it has none.
+    """
+    found = False
+    for module in model.modules():
+        if isinstance(module, MixtureLayer):
+            found = True
+            yield module
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no adapters; call adapt(model, config) first")

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mosa_fast.adapters.adapter_file import load_adapter, load_trained_state, save_adapter, trained_state
+from mosa_fast.adapters.adapter_file import load_trained_state, save_adapter, trained_state
 from mosa_fast.adapters.metadata import read_metadata
+from mosa_fast.adapters.model import load_adapter
 from mosa_fast.command_line import read_run
 from mosa_fast.config import TrainConfig
 from mosa_fast.data.preprocessing import Preprocessing

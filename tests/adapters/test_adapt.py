@@ -8,7 +8,7 @@ from tiny_vit import make_tiny_vit
 
 import mosa_fast as mosa
 from mosa_fast.adapters.block import routed
-from mosa_fast.adapters.model import adapters
+from mosa_fast.nn.mixture import adapters
 from mosa_fast.routing import draw, step_seed
 from mosa_fast.training.optim import make_optimizer
 

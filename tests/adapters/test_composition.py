@@ -18,9 +18,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import mosa_fast as mosa
 from mosa_fast.adapters.adapter_file import load_trained_state, timm_names, trained_state
-from mosa_fast.adapters.model import adapters
 from mosa_fast.adapters.seams import find_blocks
 from mosa_fast.backbones.frozen import draws_random_numbers
+from mosa_fast.nn.mixture import adapters
 from mosa_fast.routing import step_seed
 from mosa_fast.training.precision import autocast, input_dtype, store_frozen
 

@@ -8,7 +8,7 @@ from tiny_models import TINY, image
 from torch.testing import assert_close
 
 import mosa_fast as mosa
-from mosa_fast.adapters.model import adapters
+from mosa_fast.nn.mixture import adapters
 
 FAMILIES = [*("vit", "deit_distilled", "hybrid", "eva02", "eva", "swin", "swin_v2"), *("beit", "hiera", "xcit")]
 CONFIGS = {name: {"placement": name} for name in ("adaptformer", "pfeiffer", "houlsby")}

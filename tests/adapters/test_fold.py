@@ -12,7 +12,7 @@ from tiny_models import TINY
 import mosa_fast as mosa
 from mosa_fast.adapters.block import AdaptedBlock
 from mosa_fast.adapters.fold import why_not_folded
-from mosa_fast.adapters.model import adapters
+from mosa_fast.nn.mixture import adapters
 
 NO = {  # families whose MLPs are not plain ones with the exact GELU after norm2
     "vit_tanh_gelu": "GELUTanh",

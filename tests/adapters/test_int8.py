@@ -12,11 +12,11 @@ from torch.nn.functional import cross_entropy
 import mosa_fast as mosa
 from mosa_fast.adapters.block import AdaptedBlock
 from mosa_fast.adapters.int8 import quantise_backbone
-from mosa_fast.adapters.model import adapters
 from mosa_fast.backbones.embedded import create_embedded
 from mosa_fast.backbones.fingerprint import is_quantised
 from mosa_fast.config import DataConfig
 from mosa_fast.data import load_data
+from mosa_fast.nn.mixture import adapters
 
 pytest.importorskip("torchao", reason="int8 needs torchao")
 

@@ -12,9 +12,9 @@ from tiny_models import image
 import mosa_fast as mosa
 from mosa_fast.adapters.block import AdaptedBlock
 from mosa_fast.adapters.linears import LoRALinear
-from mosa_fast.adapters.model import adapters
 from mosa_fast.adapters.placements import PLACEMENTS
 from mosa_fast.backbones.heads import heads
+from mosa_fast.nn.mixture import adapters
 from mosa_fast.routing import draw, step_seed
 from mosa_fast.training.optim import make_optimizer
 

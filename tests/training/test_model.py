@@ -11,12 +11,12 @@ from tiny_runs import tiny_run
 
 from mosa_fast.adapters.adapter_file import timm_names, trained_state
 from mosa_fast.adapters.fold import merge
-from mosa_fast.adapters.model import adapters
 from mosa_fast.backbones.frozen import set_training
 from mosa_fast.config import DataConfig, ModelConfig, MoSAConfig, OptimConfig, TrainConfig
 from mosa_fast.data import digits
 from mosa_fast.evaluate import evaluate_run
 from mosa_fast.methods import BLOCK, METHODS, Method
+from mosa_fast.nn.mixture import adapters
 from mosa_fast.run_folder import RunFolder
 from mosa_fast.training.finished_run import open_run
 from mosa_fast.training.loop import train
