@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.evidence_plots import PLOTS
 from benchmarks.evidence_rows import DATA, METHODS, YARDSTICK, Estimate, Evidence, Row, collect, read
-from benchmarks.results import FOLDER, markdown_table
+from benchmarks.results import FOLDER, markdown_table, publish
 
 RESULTS = FOLDER / "evidence.jsonl"
 
@@ -68,10 +68,7 @@ def main() -> None:
         evidence = collect(read(path))
     except ValueError as error:
         parser.error(str(error))
-    path.with_suffix(".md").write_text(markdown(evidence), encoding="utf-8")
-    for name, plot in PLOTS.items():
-        plot(evidence, path.with_name(f"{path.stem}_{name}.png"))
-    print(f"{path.with_suffix('.md')} and {len(PLOTS)} plots")
+    publish(evidence, path, markdown(evidence), PLOTS)
 
 
 if __name__ == "__main__":

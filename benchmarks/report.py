@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.contenders import NO_ADAPTER, NO_ADAPTER_APART
 from benchmarks.groups import Group, groups, heading, shape, subject, timed, yardstick
 from benchmarks.plots import PLOTS
-from benchmarks.results import FOLDER, LEAST_RUNS, Row, markdown_table, read
+from benchmarks.results import FOLDER, LEAST_RUNS, Row, markdown_table, publish, read
 from benchmarks.spec import BANKS, EVALUATIONS
 
 PAPERS = ("paper", "paper, MoSL")  # the published way of working; pairs alone are compared with the second
@@ -139,10 +139,7 @@ def main() -> None:
             results = read(path)
         except ValueError as error:
             parser.error(str(error))
-        path.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
-        for name, plot in PLOTS.items():
-            plot(results, path.with_name(f"{path.stem}_{name}.png"))
-        print(f"{path.with_suffix('.md')} and {len(PLOTS)} plots")
+        publish(results, path, markdown(results), PLOTS)
 
 
 if __name__ == "__main__":

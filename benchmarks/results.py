@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,14 @@ def write(results: dict[str, Any], path: Path) -> None:
         writer = csv.DictWriter(file, (*results["environment"], *KEY, *MEASURED))
         writer.writeheader()
         writer.writerows(results["environment"] | row for row in results["rows"])
+
+
+def publish(results: Any, path: Path, text: str, plots: Mapping[str, Callable[[Any, Path], object]]) -> None:
+    """Tables as Markdown and plots, beside the file at `path` that the results are of."""
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    for name, plot in plots.items():
+        plot(results, path.with_name(f"{path.stem}_{name}.png"))
+    print(f"{path.with_suffix('.md')} and {len(plots)} plots")
 
 
 def read(path: Path) -> dict[str, Any]:

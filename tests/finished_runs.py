@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from mosa_fast.config import DataConfig, ModelConfig, MoSAConfig, OptimConfig, TrainConfig
+from mosa_fast.config import DataConfig, OptimConfig
 from mosa_fast.run_folder import RunFolder
 
 
 def finished_run(out: Any, **changes: Any) -> RunFolder:
     """Train a ViT of 5 tokens on 50 digits; its folder."""
+    from tiny_runs import tiny_run  # which imports torch
+
     from mosa_fast.training.loop import train
 
-    settings: dict[str, Any] = {
+    settings = {
         "data": DataConfig(shots=5, image_size=32),
-        "model": ModelConfig(name="test_vit", pretrained=False),
-        "adapter": MoSAConfig(bottleneck=4),
         "optim": OptimConfig(lr=1e-2, epochs=6, warmup_epochs=0, batch_size=16),
-        "tensorboard": False,
-        "out": str(out),
     }
-    train(TrainConfig(**settings | changes), progress=False)
+    train(tiny_run(out, **settings | changes), progress=False)
     return RunFolder(out)
 
 

@@ -16,25 +16,17 @@ def plot_curves(path: Path, rows: list[dict[str, Any]], summary: dict[str, Any])
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     loss_axes, accuracy_axes = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in rows]
     validated = [row for row in rows if "val_accuracy" in row]
     # The training loss may have a second view's terms in it; both are per image.
-    loss_axes.plot(epochs, [row["train_loss"] for row in rows], color="tab:grey", label="train, active experts")
-    loss_axes.plot(
-        [row["epoch"] for row in validated],
-        [row["val_loss"] for row in validated],
-        color="tab:orange",
-        label="validation, merged",
-    )
+    for axes, what in ((loss_axes, "loss"), (accuracy_axes, "accuracy")):
+        for part, found, colour, label in (
+            ("train", rows, "tab:grey", "train, active experts"),
+            ("val", validated, "tab:orange", "validation, merged"),
+        ):
+            epochs, values = [row["epoch"] for row in found], [row[f"{part}_{what}"] for row in found]
+            axes.plot(epochs, values, color=colour, label=label)
     loss_axes.set(xlabel="epoch", ylabel="loss")
     loss_axes.legend(loc="upper right", fontsize="small")
-    accuracy_axes.plot(epochs, [row["train_accuracy"] for row in rows], color="tab:grey", label="train, active experts")
-    accuracy_axes.plot(
-        [row["epoch"] for row in validated],
-        [row["val_accuracy"] for row in validated],
-        color="tab:orange",
-        label="validation, merged",
-    )
     accuracy_axes.axvline(summary["selected_epoch"], color="black", linewidth=0.8, linestyle=":")
     if "test_accuracy" in summary:
         accuracy_axes.axhline(
