@@ -6,6 +6,7 @@ imported, so that anything may use it.
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import re
@@ -21,7 +22,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from mosa_fast.config import TrainConfig
 from mosa_fast.options import check_fields, facts_of, words_of
-from mosa_fast.recipes import ActionRecipe, packaged
+from mosa_fast.recipes import ActionRecipe, load_recipe, packaged
 from mosa_fast.run_folder import RunFolder
 
 NEAR = 0.6  # how alike an unknown option and the one that may have been meant are
@@ -30,8 +31,16 @@ PACKAGES = ("torch", "torchvision", "timm")
 DEFAULT_RECIPE = "digits.yaml"  # where neither a recipe nor other data are named
 
 
+class CommandParser(argparse.ArgumentParser):
+    """argparse's parser, whose errors are one line and name the nearest option."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message without the usage, and leave with code 2."""
+        fail(" ".join(message.split()) + _nearest(self, message))
+
+
 class Parser(ArgumentParser):
-    """jsonargparse's parser, whose errors are one line and name the nearest option."""
+    """jsonargparse's parser, with the errors of `CommandParser`."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message without the usage, and leave with code 2."""
@@ -39,25 +48,25 @@ class Parser(ArgumentParser):
         words = words_of(TrainConfig, wrong[1]) if wrong else None
         if wrong and words:
             fail(f"{wrong[1]} must be {words}, got {' '.join(wrong[2].split())}")
-        fail(" ".join(message.split()) + self._nearest(message))
+        fail(" ".join(message.split()) + _nearest(self, message))
 
-    def _nearest(self, message: str) -> str:
-        options = [
-            o.removeprefix("--") for action in self._actions for o in action.option_strings if o.startswith("--")
-        ]
-        group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
-        other = re.search(r"Option '([\w.]+)' is not accepted|unrecognized arguments: --([\w.]+)", message)
-        if group:
-            unknown = f"{group[1]}.{group[2]}"
-        elif other:
-            unknown = other[1] or other[2]
-        else:
-            return ""
-        near = difflib.get_close_matches(unknown, options, n=1, cutoff=NEAR)
-        if not near:  # the right name in the wrong section
-            ends = {option.rsplit(".", 1)[-1]: option for option in options}
-            near = [ends[end] for end in difflib.get_close_matches(unknown.rsplit(".", 1)[-1], ends, n=1, cutoff=0.7)]
-        return f"; did you mean {near[0]}?" if near else ""
+
+def _nearest(parser: argparse.ArgumentParser | ArgumentParser, message: str) -> str:
+    """The option that may have been meant by one that an error's message says is unknown."""
+    options = [o.removeprefix("--") for action in parser._actions for o in action.option_strings if o.startswith("--")]
+    group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+    other = re.search(r"Option '([\w.]+)' is not accepted|unrecognized arguments: --([\w.]+)", message)
+    if group:
+        unknown = f"{group[1]}.{group[2]}"
+    elif other:
+        unknown = other[1] or other[2]
+    else:
+        return ""
+    near = difflib.get_close_matches(unknown, options, n=1, cutoff=NEAR)
+    if not near:  # the right name in the wrong section
+        ends = {option.rsplit(".", 1)[-1]: option for option in options}
+        near = [ends[end] for end in difflib.get_close_matches(unknown.rsplit(".", 1)[-1], ends, n=1, cutoff=0.7)]
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def make_parser(prog: str, description: str) -> Parser:
@@ -134,8 +143,8 @@ def read_run(folder: RunFolder) -> tuple[TrainConfig, list[str]]:
     for file in (folder.config, folder.classes):
         if not file.is_file():
             raise ValueError(f"{folder} is not the folder of a run: it has no {file.name}")
-    parser = make_parser("train", "")
-    return _make(parser, parser.parse_path(str(folder.config))), folder.read_classes()
+    load_recipe(folder.config)
+    return parse_options(["--config", str(folder.config)], "train", ""), folder.read_classes()
 
 
 @contextmanager

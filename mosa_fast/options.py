@@ -7,7 +7,7 @@ choose from; `option` adds the rest. Checks, `--help`, resumption and the data f
 from __future__ import annotations
 
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from math import isfinite
@@ -89,6 +89,14 @@ def facts_of(config: type, prefix: str = "") -> dict[str, Facts]:
         if is_dataclass(hint):
             found |= facts_of(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
     return found | {f"{prefix}{f.name}": f.metadata.get(KEY, Facts()) for f in fields(config)}
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A mapping with sections inside as one of full names, as "section.field"."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
 def check_fields(config: Any, prefix: str = "", kind: type | None = None) -> None:

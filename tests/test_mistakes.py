@@ -12,10 +12,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny_vit import make_tiny_vit
 
-from mosa_fast import MoSAConfig, SparseAdapter, SparseLoRA, adapt, evaluate, info
+from mosa_fast import MoSAConfig, SparseAdapter, SparseLoRA, adapt, evaluate, export, info, predict, sweep
 from mosa_fast.adapters.adapter_file import DIGEST, content_digest, read_adapter
 from mosa_fast.config import DataConfig, OptimConfig, TrainConfig
-from mosa_fast.data import load_data
+from mosa_fast.data import load_data, split
 from mosa_fast.ops import backends
 from mosa_fast.train import main
 from mosa_fast.training import checks
@@ -168,6 +168,58 @@ def test_a_runs_own_file_with_a_wrong_value_is_named_as_its_recipe_would_be(here
     config = here / "run" / "config.yaml"
     config.write_text(config.read_text().replace("experts: 4", "experts: 0"))
     assert fails(capsys, "--run=run", command=evaluate.main) == "error: adapter.experts must be 1 to 255, got 0"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: [", "run/config.yaml is not YAML: "),
+        (b"", "run/config.yaml is empty"),
+        (b"\xff", "run/config.yaml cannot be read: 'utf-8'"),
+        (b"- 1\n", "run/config.yaml must be a mapping of options"),
+        (b"bogus: 1\n", "'bogus' is not accepted"),
+    ],
+)
+def test_a_runs_own_file_that_cannot_be_read_is_named(here, capsys, content, message):
+    (here / "run").mkdir()
+    (here / "run" / "classes.json").write_text("[]")
+    (here / "run" / "config.yaml").write_bytes(content)
+    assert message in fails(capsys, "--run=run", command=evaluate.main)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"config": 3}'])
+def test_a_summary_that_cannot_be_read_is_named(here, capsys, content):
+    (here / "run").mkdir()
+    (here / "run" / "summary.json").write_text(content)
+    assert "run/summary.json cannot be read: " in fails(capsys, *FAST, "--resume")
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "message"),
+    [
+        (evaluate, ["--run=a", "--splitt=val"], "unrecognized arguments: --splitt=val; did you mean split?"),
+        (evaluate, [], "the following arguments are required: --run"),
+        (predict, ["--run=a"], "the following arguments are required: INPUT"),
+        (export, ["--run=a", "--out=b", "--format=c"], "argument --format: invalid choice: 'c'"),
+        (info, ["--config"], "argument --config: expected one argument"),
+        (sweep, [], "the following arguments are required: --configs"),
+        (sweep, ["--configs=digits", "--optim.lrr=1"], "--optim.lrr=1; did you mean optim.lr?"),
+        (sweep, ["--configs=digits", "--optim.lr=-1"], "optim.lr must be at least 0, got -1.0"),
+        (sweep, ["--configs=digits", "--grid", "optim.lrr=1"], "did you mean optim.lr?"),
+        (sweep, ["--configs=digits", "--seeds=x"], "--seeds must be a number of seeds"),
+        (sweep, ["--configs=digits", "--out=/dev/null/x"], "Not a directory: /dev/null/x/"),
+        (split, [], "the following arguments are required: images"),
+        (split, ["nowhere"], "no folder nowhere"),
+        (split, ["data", "--fractions=a"], "--fractions must look like 0.1,0.5, got 'a'"),
+        (split, ["data", "--labels=labels.txt"], "labels.txt is not text in UTF-8: "),
+        (split, ["data", "--labels=good.txt", "--out=/dev/null/x"], "Not a directory: /dev/null/x"),
+    ],
+)
+def test_words_of_the_other_commands(here, data, capsys, monkeypatch, command, words, message):
+    (here / "labels.txt").write_bytes(b"a.png \xff\n")
+    (here / "good.txt").write_text("".join(f"{i}.png {i % 2}\n" for i in range(40)))
+    monkeypatch.setattr("sys.argv", ["program", *words])
+    assert message in fails(capsys, command=lambda _: command.main())
 
 
 def test_images_that_are_not_those_of_the_adapter_file_are_refused(here, capsys):
