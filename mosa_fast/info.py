@@ -12,7 +12,7 @@ import sys
 from importlib import metadata
 
 import mosa_fast
-from mosa_fast.command_line import broken, one_line_errors, parse
+from mosa_fast.command_line import broken, one_line_errors, parse_options
 from mosa_fast.config import TrainConfig
 
 
@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(describe())
             return
         recipes = [word for recipe in options.config or () for word in ("--config", recipe)]
-        print(weights(parse([*recipes, *others])[0]))
+        print(weights(parse_options([*recipes, *others], "info", parser.description or "")))
 
 
 if __name__ == "__main__":

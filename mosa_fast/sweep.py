@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import mean
 
 from mosa_fast.config import TrainConfig
-from mosa_fast.files import write_atomically
+from mosa_fast.files import write_text
 from mosa_fast.recipes import load_grid, load_recipe
 from mosa_fast.run_folder import RunFolder
 from mosa_fast.sweep_arguments import Grid, find_recipes, label, parse_grid, parse_seeds, parse_variants
@@ -223,7 +223,7 @@ def main() -> None:
         print("stopped; the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None
     print(text)
-    write_atomically(arguments.out / TABLE, lambda temporary: temporary.write_text(text + "\n"))
+    write_text(arguments.out / TABLE, text + "\n")
     if results.failed:
         print(f"{len(results.failed)} runs failed: {', '.join(results.failed)}", file=sys.stderr)
         raise SystemExit(1)

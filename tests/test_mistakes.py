@@ -3,14 +3,17 @@
 import json
 import os
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tiny_vit import make_tiny_vit
 
 from mosa_fast import MoSAConfig, SparseAdapter, SparseLoRA, adapt, evaluate, info
+from mosa_fast.adapters.adapter_file import DIGEST, content_digest, read_adapter
 from mosa_fast.config import DataConfig, OptimConfig, TrainConfig
 from mosa_fast.data import load_data
 from mosa_fast.ops import backends
@@ -52,6 +55,7 @@ def fails(capsys, *arguments, command=main):
         ("# nothing\n", "recipe.yaml is empty"),
         ("- 1\n", "recipe.yaml must be a mapping of options, it is a list"),
         ("seed: null\n", "seed must be a whole number, got None"),
+        ("adapter: {experts: 256}\n", "error: adapter.experts must be 1 to 255, got 256"),
         ("model: {name: 3}\n", "model.name must be text, got 3"),
     ],
 )
@@ -67,13 +71,16 @@ def test_recipes(here, capsys, text, message):
         ("--model.drop_path=-1", "model.drop_path must be in [0, 1), got -1.0"),
         ("--model.drop_path=1.0", "model.drop_path must be in [0, 1), got 1.0"),
         ("--model.name=resnet18", "the model is a ResNet"),
-        ("--adapter.bottleneck=100000000", "bottleneck must be at most 65,536, got 100000000"),
+        ("--adapter.bottleneck=100000000", "error: adapter.bottleneck must be at most 65,536, got 100000000"),
         ("--out=/dev/null/x", "Not a directory: /dev/null/x"),
         ("--out=", "out must not be empty"),
         ("--loss.add_weight=-1", "loss.add_weight must be at least 0, got -1.0"),
         ("--loss.reg_weight=-1", "loss.reg_weight must be at least 0, got -1.0"),
-        ("--adapter.seed=-1", "seed must be at least 0, got -1"),
-        ("--seed=99999999999999999999", "seed must be at most 9,223,372,036,854,775,807, got 99999999999999999999"),
+        ("--adapter.seed=-1", "error: adapter.seed must be at least 0, got -1"),
+        (
+            "--seed=99999999999999999999",
+            "error: seed must be at most 9,223,372,036,854,775,807, got 99999999999999999999",
+        ),
         ("--adapter.scale=nan", "adapter.scale must be a number or one of auto, trainable, got nan"),
         ("--adapter.routing=a\nb", "adapter.routing must be one of random, fixed, got a b"),
         ("--loss.views=-1", "loss.views must be one of 1, 2, got -1"),
@@ -154,6 +161,25 @@ def test_a_class_whose_name_is_not_utf8_is_named(data, capsys):
     for part in ("train", "val", "test"):
         os.rename(data / part / "dog", os.fsencode(data / part) + b"/d\xff")
     assert r"the name of class 'd\udcff' is not UTF-8" in fails(capsys, *FOLDER)
+
+
+def test_a_runs_own_file_with_a_wrong_value_is_named_as_its_recipe_would_be(here, capsys):
+    main(FAST)
+    config = here / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("experts: 4", "experts: 0"))
+    assert fails(capsys, "--run=run", command=evaluate.main) == "error: adapter.experts must be 1 to 255, got 0"
+
+
+def test_images_that_are_not_those_of_the_adapter_file_are_refused(here, capsys):
+    """The digits are made in memory, and not by what the file says of images."""
+    main(FAST)
+    path = here / "run" / "adapter.safetensors"
+    tensors, metadata = read_adapter(path)
+    texts = replace(metadata, preprocessing=replace(metadata.preprocessing, mean=(0.4,) * 3)).to_texts()
+    save_file(tensors, path, texts | {DIGEST: content_digest(tensors, texts)})
+    line = fails(capsys, "--run=run", command=evaluate.main)
+    assert "data.name digits has images of Preprocessing(" in line
+    assert "cannot give images of Preprocessing(image_size=32, resize=None, mean=(0.4, 0.4, 0.4)" in line
 
 
 def test_broken_class_names_of_a_run_are_named(here, capsys):

@@ -12,7 +12,7 @@ import numpy as np
 
 from mosa_fast.data.image_file import find_files, is_image_name
 from mosa_fast.data.stratify import stratified_split
-from mosa_fast.files import write_atomically
+from mosa_fast.files import write_text
 
 BIRD_LISTS = ("images.txt", "image_class_labels.txt", "train_test_split.txt")  # of CUB and NABirds
 
@@ -120,8 +120,7 @@ def read_labels(path: Path) -> list[tuple[str, int | str, bool | None]]:
 
 
 def _write_json(path: Path, content: dict[str, int | str]) -> None:
-    text = json.dumps(content, indent=0, ensure_ascii=False)
-    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
+    write_text(path, json.dumps(content, indent=0, ensure_ascii=False))
 
 
 def _choose(indices: list[int], ids: Sequence[int | str], take: float, seed: int) -> tuple[list[int], list[int]]:
