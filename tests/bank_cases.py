@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kernel_cases import shape_of
 
+from benchmarks.machine_code.calls import shape_of
 from mosa_fast.ops.call import AdapterBankCall
 
 OF_ADAPTERS = ("norm_weight", "norm_bias", "down_bias", "up_bias")  # low-rank pairs have none of them

@@ -15,8 +15,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from benchmarks.machine_code.calls import shape_of
 from mosa_fast.ops import adapter_bank, backend, launching, sparse_adapter, sparse_lora
-from mosa_fast.ops.call import AdapterBankCall, Call, SparseAdapterCall, SparseLoRACall, TensorFacts
+from mosa_fast.ops.call import AdapterBankCall, Call, SparseAdapterCall, SparseLoRACall
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 EAGER_FACTOR = 2.0  # kernels may be at most this much worse than eager PyTorch in the same dtype
@@ -162,15 +163,6 @@ class AnyCase(Protocol):
 def make(case: AnyCase, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Any]:
     """Arguments of the operator."""
     return case.make(dtype, device, seed)
-
-
-def shape_of(facts: TensorFacts, sizes: dict[str, Any]) -> tuple[int, ...]:
-    """A tensor's shape, with numbers in place of letters."""
-    shape: list[int] = []
-    for letter in facts.shape:
-        size = sizes.get(letter, letter)
-        shape += size if isinstance(size, tuple) else [size]
-    return tuple(shape)
 
 
 def operator_of(arguments: dict[str, Any]) -> tuple[Any, type[Call]]:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from kernel_cases import differentiable, shape_of
+from kernel_cases import differentiable
 from torch import Tensor
 
+from benchmarks.machine_code.calls import shape_of
 from mosa_fast.ops.call import SparseLoRACall
 
 DIFFERENTIABLE = differentiable(SparseLoRACall)

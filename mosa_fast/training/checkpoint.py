@@ -29,7 +29,8 @@ from mosa_fast.tensor_file import read_tensors, write_tensors
 from mosa_fast.training.distributed import Ranks
 from mosa_fast.training.position import Position
 
-FORMAT = "mosa_fast.checkpoint.3"
+# Another one where a checkpoint holds something else, and where a resumed run would draw other random numbers.
+FORMAT = "mosa_fast.checkpoint.4"
 
 
 class Stateful(Protocol):

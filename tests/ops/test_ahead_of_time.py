@@ -9,8 +9,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from ahead_of_time import Compiled, adapter_call, bank_call, compile_launch, launches, lora_call
-
+from benchmarks.machine_code.ahead_of_time import Compiled, compile_launch, launches
+from benchmarks.machine_code.calls import adapter_call, bank_call, lora_call
 from mosa_fast.ops import triton_tiles
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton interprets here")
@@ -37,7 +37,7 @@ CALLS |= {
     "a-group-for-every-sample-autocast": partial(adapter_call, dtype=FP32, product_dtype=BF16, groups=128),
     "huge": partial(adapter_call, 1280, 64),
     "small": partial(adapter_call, 96, 16, activation="relu", norm=False),
-    "dense": partial(adapter_call, 384, 32, split=False, dropout=0.0),
+    "dense": partial(adapter_call, 384, 32, split="none", dropout=0.0),
 }
 CALLS |= {
     f"lora-{name}": partial(lora_call, **options)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import shape_of
 
+from benchmarks.machine_code.calls import shape_of
 from mosa_fast.ops import sparse_adapter
 from mosa_fast.ops.call import SparseAdapterCall
 

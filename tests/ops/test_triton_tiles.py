@@ -4,8 +4,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from ahead_of_time import adapter_call, launches
-
+from benchmarks.machine_code.ahead_of_time import launches
+from benchmarks.machine_code.calls import adapter_call
 from mosa_fast.ops import triton_tiles
 from mosa_fast.ops.registration import OPERATORS
 

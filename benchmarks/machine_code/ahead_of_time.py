@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,6 @@ from unittest import mock
 
 import torch
 import triton
-from kernel_cases import shape_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -26,7 +26,7 @@ from mosa_fast.ops import (
     triton_launching,
     triton_tiles,
 )
-from mosa_fast.ops.call import AdapterBankCall, Call, SparseAdapterCall, SparseLoRACall
+from mosa_fast.ops.call import Call
 from mosa_fast.ops.evaluation_operator import EVALUATION_OPERATORS
 from mosa_fast.ops.registration import OPERATORS
 from mosa_fast.ops.triton_tiles import Tile
@@ -59,8 +59,14 @@ class Launch:
     """One recorded launch."""
 
     kernel: Any
+    programs: int
     tile: Tile
     arguments: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The kernel's."""
+        return str(self.kernel.fn.__name__)
 
 
 @dataclass(frozen=True)
@@ -80,138 +86,27 @@ class Compiled:
         return len(re.findall(rf"\b{mnemonic}\b", self.sass))
 
 
-def without_data(
-    kind: type[Call], sizes: dict[str, Any], dtypes: dict[str, torch.dtype], absent: Sequence[str], **given: Any
-) -> Any:
-    """A call on tensors of these sizes, by their letters, that have no data; float32 unless `dtypes` or facts say."""
-    for name, facts in kind.TENSORS.items():
-        if name not in given:
-            dtype = facts.dtype or dtypes.get(name, torch.float32)
-            shape = () if name in absent else shape_of(facts, sizes)
-            given[name] = None if name in absent else torch.empty(shape, dtype=dtype, device="meta")
-    return kind(**given)
-
-
-def adapter_call(
-    width: int = 768,
-    bottleneck: int = 64,
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    groups: int = 2,
-    experts: int = 4,
-    product_dtype: torch.dtype | None = None,
-    activation: str = "gelu",
-    dropout: float = 0.1,
-    split: bool = True,
-    norm: bool = True,
-    fork: bool = False,
-    scale_tensor: bool = False,
-    tokens: int = 197,
-) -> SparseAdapterCall:
-    """A call of sparse_adapter: by default the costliest one, both projections split, norm, gelu and dropout."""
-    absent = () if split else ("down_init", "down_owner", "up_owner")
-    return without_data(
-        SparseAdapterCall,
-        {"...": (2 * groups, tokens), "D": width, "r": bottleneck, "V": groups, "E": experts if split else 1},
-        {"x": dtype, "skip": dtype},
-        absent if norm else (*absent, "norm_weight", "norm_bias"),
-        scale_tensor=torch.empty(1, device="meta") if scale_tensor else None,
-        seed=torch.empty(2, dtype=torch.int64, device="meta") if dropout else None,
-        activation=activation,
-        scale=0.1,
-        dropout=dropout,
-        add_input=True,
-        fork=fork,
-        eps=1e-6,
-        product_dtype=product_dtype or dtype,
-    )
-
-
-def lora_call(
-    width: int = 768,
-    out_width: int = 2304,
-    columns: tuple[int, ...] = (0, 768, 1536, 2304),
-    rank: int = 16,
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    groups: int = 2,
-    experts: int = 4,
-    product_dtype: torch.dtype | None = None,
-    split: bool = True,
-    fork: bool = False,
-    scale_tensor: bool = False,
-) -> SparseLoRACall:
-    """A call of sparse_lora: by default q and v of ViT-B's fused qkv, both projections split."""
-    targets, trained = len(columns) // 2, sum(columns[1::2]) - sum(columns[::2])
-    product_dtype = product_dtype or dtype
-    sizes = {"...": (2 * groups, 197), "D": width, "O": out_width, "W": trained, "r": rank, "R": targets * rank}
-    return without_data(
-        SparseLoRACall,
-        sizes | {"T": targets, "V": groups},
-        {"x": dtype, "y": product_dtype},  # under autocast a linear gives the products' dtype
-        () if split else ("down_init", "down_owner", "up_owner"),
-        scale_tensor=torch.empty(1, device="meta") if scale_tensor else None,
-        columns=columns,
-        num_experts=experts,
-        scale=1.0,
-        fork=fork,
-        product_dtype=product_dtype,
-    )
-
-
-def bank_call(
-    width: int = 768,
-    bottleneck: int = 64,
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    out_width: int | None = None,
-    columns: tuple[int, ...] | None = None,
-    pairs: bool = False,
-    product_dtype: torch.dtype | None = None,
-    activation: str = "gelu",
-    add_input: bool = True,
-) -> AdapterBankCall:
-    """A call of adapter_bank with 64 tasks: by default adapters with norm and gelu; or low-rank pairs on a linear."""
-    product_dtype = product_dtype or dtype
-    samples, out_width = 128, out_width or width
-    columns = columns or (0, out_width)
-    sizes = {"...": (samples, 197), "D": width, "O": out_width, "N": 64, "r": bottleneck}
-    sizes |= {"R": len(columns) // 2 * bottleneck, "W": sum(columns[1::2]) - sum(columns[::2])}
-    return without_data(
-        AdapterBankCall,
-        sizes,
-        {"x": dtype, "skip": product_dtype},  # under autocast a linear gives the products' dtype
-        ("norm_weight", "norm_bias", "down_bias", "up_bias") if pairs else (),
-        tasks=torch.empty(samples, dtype=torch.int32, device="meta"),
-        columns=columns,
-        activation="identity" if pairs else activation,
-        add_input=add_input and not pairs,
-        eps=1e-6,
-        product_dtype=product_dtype,
-    )
-
-
 @contextmanager
-def recording(architecture: str) -> Iterator[list[Launch]]:
+def recording(architecture: str, multiprocessors: int) -> Iterator[list[Launch]]:
     """Record launches instead of running them, with the tiles of this architecture."""
     launches: list[Launch] = []
 
     def record(kernel: Any, grid: tuple[int, ...], tile: Tile, arguments: dict[str, Any]) -> None:
         arguments = arguments | {"BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns}
-        launches.append(Launch(kernel, tile, arguments))
+        launches.append(Launch(kernel, math.prod(grid), tile, arguments))
 
     with (
         mock.patch.object(triton_launching, "launch", record),
         mock.patch.object(triton_tiles, "architecture_of", return_value=architecture),
-        mock.patch.object(launching, "multiprocessors", return_value=MULTIPROCESSORS),
+        mock.patch.object(launching, "multiprocessors", return_value=multiprocessors),
     ):
         yield launches
 
 
-def launches(c: Call, architecture: str) -> list[Launch]:
+def launches(c: Call, architecture: str, multiprocessors: int = MULTIPROCESSORS) -> list[Launch]:
     """What a forward and a backward (if it has one) of this call launch, with every gradient wanted."""
     launchers = LAUNCHERS[c.NAME]
-    with recording(architecture) as recorded:
+    with recording(architecture, multiprocessors) as recorded:
         if c.NAME in EVALUATION_OPERATORS:
             launchers.forward(c, EVALUATION_OPERATORS[c.NAME].result(c))
             return recorded
@@ -247,7 +142,7 @@ def compile_launch(launch: Launch, architecture: str) -> Compiled:
         target=TARGETS[architecture],
         options=launch.tile.options(),
     )
-    name = launch.kernel.fn.__name__
+    name = launch.name
     if not architecture.startswith("sm_"):
         return Compiled(name, launch.tile, compiled.metadata.shared)
     return Compiled(name, launch.tile, compiled.metadata.shared, **_disassemble(compiled.asm["cubin"]))

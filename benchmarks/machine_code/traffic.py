@@ -1,0 +1,173 @@
+"""What each kernel moves and multiplies, by the arithmetic of its tiles. Who changes a kernel changes its function.
+
+A function takes a call and one of its launches and says, in bytes and for the whole launch unless it says otherwise:
+
+    streamed    read from DRAM, once
+    again       read a second time, soon after: from the L2 cache if what is in flight meanwhile fits there
+    span        of one program: what the cache must hold until the second reading
+    shared      of one program: what all programs read (weights), from the L2 cache
+    written     written to DRAM
+    planned     read and written by a kernel that is as good as the design wants it
+
+and, for one program: `loops`, the trip counts of its loops, in the order of the source, each with those inside it;
+`products`, its tensor-core multiply-adds; `through_registers`, whether what is streamed is loaded to registers in the
+iteration that uses it (else loads to registers come from the L2 cache); and `waits`, how often a kernel waits for DRAM
+whose loops are not declared, since the compiler unrolls them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+
+from torch import Tensor
+
+from benchmarks.machine_code.ahead_of_time import Launch
+from mosa_fast.ops.call import SparseAdapterCall
+
+Loops = tuple[tuple[int, "Loops"], ...]  # of each: trips, and the loops inside
+
+FLOAT, OWNER = 4, 1  # bytes of a master weight and of its owner
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Of one launch; see above."""
+
+    streamed: int
+    written: int
+    again: int = 0
+    span: int = 0
+    shared: int = 0
+    planned: int = 0
+    loops: Loops = ()
+    products: int = 0
+    through_registers: bool = False
+    waits: int = 0
+
+
+def traffic(call: SparseAdapterCall, launch: Launch) -> Traffic:
+    """Of one of the launches of a call.
+
+    Raises:
+        ValueError: nothing is said of this kernel.
+    """
+    if launch.name not in KERNELS:
+        raise ValueError(f"{launch.name}: what it moves is to be declared in benchmarks/machine_code/traffic.py")
+    return KERNELS[launch.name](call, launch)
+
+
+def forward(c: SparseAdapterCall, launch: Launch) -> Traffic:
+    """X for statistics and projection, x and skip for the sum, out; saved: p, statistics."""
+    rows, columns = launch.tile.rows, launch.tile.columns
+    rank, steps = launch.arguments["BLOCK_BOTTLENECK"], ceil(c.width / columns)
+    x, out = _bytes(c.x), c.out_rows * c.width * c.out_dtype.itemsize
+    skip = 0 if c.skip is None else _bytes(c.skip)
+    saved = _ranks(c) + 2 * FLOAT * c.in_rows
+    readers = c.groups if c.fork else 1  # neighbouring programs read the same rows
+    return Traffic(
+        streamed=x + skip,
+        again=x * (2 * readers - 1) + skip * (readers - 1),
+        span=rows * c.width * c.x.dtype.itemsize // readers,
+        shared=_down(c) + _up(c) + 2 * FLOAT * c.width + FLOAT * c.width,
+        written=out + saved,
+        planned=x + skip + out,
+        loops=((steps, ()), (steps, ())),
+        products=2 * rows * c.width * rank,
+    )
+
+
+def backward_input(c: SparseAdapterCall, launch: Launch) -> Traffic:
+    """Y for h's gradient, y and x for x's; written besides: h and t."""
+    rows, columns = launch.tile.rows, launch.tile.columns
+    rank, steps, groups = launch.arguments["BLOCK_BOTTLENECK"], ceil(c.width / columns), c.groups if c.fork else 1
+    grad, x = c.out_rows * c.width * c.out_dtype.itemsize, _bytes(c.x)
+    grad_skip = _bytes(c.skip) if c.fork and c.skip is not None else 0
+    return Traffic(
+        streamed=grad + x + _ranks(c) + 2 * FLOAT * c.in_rows,
+        again=grad + (_ranks(c) if c.fork else 0),
+        span=rows * c.width * c.out_dtype.itemsize * groups,
+        shared=(_down(c) + _up(c)) * groups + FLOAT * c.width,
+        written=x + grad_skip + 2 * _ranks(c),
+        planned=grad + 2 * x + grad_skip,
+        loops=((groups, ((steps, ()),)), (steps, ((groups, ()),))) if c.fork else ((steps, ()), (steps, ())),
+        products=2 * rows * c.width * rank * groups,
+    )
+
+
+def backward_weight(c: SparseAdapterCall, launch: Launch) -> Traffic:
+    """Y and x once, h and t for every block of columns; the partial sums."""
+    a, rows, columns = launch.arguments, launch.tile.rows, launch.tile.columns
+    rank, blocks, segments = a["BLOCK_BOTTLENECK"], ceil(c.width / columns), a["segments_per_slice"]
+    steps = ceil(min(a["piece_rows"], c.rows_per_group) / rows)
+    grad, x = c.out_rows * c.width * c.out_dtype.itemsize, _bytes(c.x)
+    ranks = 2 * _ranks(c) + 2 * FLOAT * c.in_rows
+    partial = FLOAT * a["slices"] * (2 * c.width * c.bottleneck + 2 * c.width)
+    sums = FLOAT * a["segments"] * (c.width + c.bottleneck)
+    return Traffic(
+        streamed=grad + x + ranks,
+        again=(blocks - 1) * ranks,
+        shared=(_down(c) + _owners(c)) // blocks * segments,
+        written=partial + sums,
+        planned=grad + x,
+        loops=((segments, ((steps, ()),)),),
+        products=2 * rows * columns * rank * steps * segments,
+        through_registers=c.norm_weight is not None and c.x.dtype == c.product_dtype,  # x minus its mean
+    )
+
+
+def sum_slices(c: SparseAdapterCall, launch: Launch) -> Traffic:
+    """The partial sums, and the gradients."""
+    weights = 2 * c.width * c.bottleneck + 2 * c.width
+    steps = ceil(launch.arguments["slices"] / launch.tile.rows)
+    return Traffic(
+        streamed=FLOAT * weights * launch.arguments["slices"],
+        written=FLOAT * weights,
+        loops=((steps, ()),),
+        through_registers=True,
+    )
+
+
+def sum_segments(c: SparseAdapterCall, launch: Launch) -> Traffic:
+    """The segments' sums of y and t, and the biases' gradients."""
+    segments = launch.arguments["segments"]
+    return Traffic(
+        streamed=FLOAT * segments * (c.width + c.bottleneck),
+        written=FLOAT * (c.up_bias.numel() + c.down_bias.numel()),
+        waits=ceil(segments / 4),  # the compiler unrolls its loop four times
+    )
+
+
+KERNELS: dict[str, Callable[[SparseAdapterCall, Launch], Traffic]] = {
+    "sparse_adapter_fwd_kernel": forward,
+    "sparse_adapter_bwd_input_kernel": backward_input,
+    "sparse_adapter_bwd_weight_kernel": backward_weight,
+    "sum_slices_kernel": sum_slices,
+    "sum_segments_kernel": sum_segments,
+}
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _ranks(c: SparseAdapterCall) -> int:
+    """One tensor `[M, r]` in the products' type."""
+    return c.out_rows * c.bottleneck * c.product_dtype.itemsize
+
+
+def _down(c: SparseAdapterCall) -> int:
+    """The down-projection as kernels read it: the weight, its owner and W0."""
+    initial = 0 if c.down_init is None else FLOAT
+    return c.down_weight.numel() * (FLOAT + initial + (0 if c.down_owner is None else OWNER))
+
+
+def _up(c: SparseAdapterCall) -> int:
+    """The up-projection as kernels read it: the weight and its owner."""
+    return c.up_weight.numel() * (FLOAT + (0 if c.up_owner is None else OWNER))
+
+
+def _owners(c: SparseAdapterCall) -> int:
+    """Both owner maps."""
+    return sum(0 if owner is None else owner.numel() * OWNER for owner in (c.down_owner, c.up_owner))
