@@ -3,7 +3,8 @@
 #
 #   benchmarks/evidence.sh [DIR]      # DIR: of the runs (runs/evidence); stop it at will, the same command goes on
 #
-# Every finished run is a line of DIR/evidence.jsonl. Two processes of one thread; give it idle time with `nice -n 19`.
+# Every finished run is a line of DIR/evidence.jsonl, and what is a line there is done: to go on from our runs, copy
+# benchmarks/results/evidence.jsonl to it. Two processes of one thread; give it idle time with `nice -n 19`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-runs/evidence}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mosa_fast.sweep_runs import read_records
+from mosa_fast.sweep_records import read_records
 
 STEPS = 520  # of the shortest schedule, about
 YARDSTICK = "dense"

@@ -32,9 +32,11 @@ def write(results: dict[str, Any], path: Path) -> None:
 def publish(results: Any, path: Path, text: str, plots: Mapping[str, Callable[[Any, Path], object]]) -> None:
     """Tables as Markdown and plots, beside the file at `path` that the results are of."""
     path.with_suffix(".md").write_text(text, encoding="utf-8")
-    for name, plot in plots.items():
-        plot(results, path.with_name(f"{path.stem}_{name}.png"))
-    print(f"{path.with_suffix('.md')} and {len(plots)} plots")
+    pictures = {path.with_name(f"{path.stem}_{name}.png"): plot for name, plot in plots.items()}
+    for picture, plot in pictures.items():
+        picture.unlink(missing_ok=True)  # of earlier results, which had what it shows
+        plot(results, picture)
+    print(", ".join(map(str, (path.with_suffix(".md"), *filter(Path.is_file, pictures)))))
 
 
 def read(path: Path) -> dict[str, Any]:

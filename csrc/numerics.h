@@ -2,7 +2,8 @@
 //
 //   owned(owner, e)   = [owner == e], or 1 / E where e = -1 (merged)
 //   W_e               = W0 + (W - W0) * owned
-//   word(v, s, t, c)  = lane c % 4 of Philox-4x32-10(key = seed, counter = (c / 4, t, s, v)); kept where >= threshold
+//   16 bits of dropout: half c % 2 of lane c % 8 / 2 of Philox-4x32-7(key = seed, counter = (c / 8, t, s, v)); kept
+//   where they are at least the threshold
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -165,7 +166,7 @@ struct Words { uint32_t lane[4]; };
 MOSA_INLINE Words philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
   MOSA_UNROLL
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < 7; ++round) {
     const uint64_t product0 = static_cast<uint64_t>(c0) * 0xD2511F53u;
     const uint64_t product1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
     c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
@@ -178,20 +179,20 @@ MOSA_INLINE Words philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, ui
   return {{c0, c1, c2, c3}};
 }
 
-// What dropout multiplies eight neighbouring channels of one row by: 0 or 1 / (1 - p).
+// What dropout multiplies the eight channels of one call by, from channel % 8 = 0: 0 or 1 / (1 - p).
 MOSA_INLINE void dropout_factors(
     const int64_t* seed, const Sizes& sizes, float keep_scale, int64_t group, int64_t row, int channel,
     float* factors) {
   const int64_t sample = row / sizes.tokens + (sizes.first_sample ? seed[1] : 0);
+  const Words words = philox(
+      static_cast<uint64_t>(seed[0]), channel / 8, static_cast<uint32_t>(row % sizes.tokens),
+      static_cast<uint32_t>(sample), static_cast<uint32_t>(group));
+  // A half is compared in the upper bits of a word, where those below it decide nothing.
+  const uint32_t threshold = static_cast<uint32_t>(sizes.dropout_threshold) << 16;
   MOSA_UNROLL
-  for (int quad = 0; quad < 2; ++quad) {
-    const Words words = philox(
-        static_cast<uint64_t>(seed[0]), channel / 4 + quad, static_cast<uint32_t>(row % sizes.tokens),
-        static_cast<uint32_t>(sample), static_cast<uint32_t>(group));
-    MOSA_UNROLL
-    for (int lane = 0; lane < 4; ++lane) {
-      factors[4 * quad + lane] = words.lane[lane] >= static_cast<uint32_t>(sizes.dropout_threshold) ? keep_scale : 0.0f;
-    }
+  for (int lane = 0; lane < 4; ++lane) {
+    factors[2 * lane] = words.lane[lane] << 16 >= threshold ? keep_scale : 0.0f;
+    factors[2 * lane + 1] = words.lane[lane] >= threshold ? keep_scale : 0.0f;
   }
 }
 

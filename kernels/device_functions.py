@@ -13,6 +13,7 @@ import triton.language as tl
 MERGED = tl.constexpr(-1)  # the expert id that means: all of them, averaged
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 KEEP_NORMAL, READ_AGAIN, READ_ONCE = tl.constexpr(""), tl.constexpr("evict_last"), tl.constexpr("evict_first")
+PHILOX_ROUNDS = tl.constexpr(7)
 INVERSE_SQRT_TWO_PI = tl.constexpr(0.3989422804014327)  # the normal density at 0
 
 
@@ -115,27 +116,29 @@ def dropout_factor(
 ):
     """What dropout multiplies the hidden tile by: 0 or 1 / (1 - p); float32 `[rows, BLOCK_BOTTLENECK]`.
 
-    The word of channel c is lane c % 4 of philox(key=seed[0], counter=(c // 4, token, first_sample + sample, group)),
-    as `mosa_fast.ops.philox.dropout_keep` defines it: a quarter of the counters, all four lanes used. The activation
-    survives where its word is at least `threshold`.
+    The 16-bit number of channel c is half c % 2 of lane c % 8 // 2 of Philox-4x32-7 with key seed[0] and counter
+    (c // 8, token, first_sample + sample, group), as `mosa_fast.ops.philox.dropout_keep` defines it: eight channels a
+    call. The activation survives where its number is at least `threshold`.
 
     Args:
         rows: int32, row numbers within the group, sample-major: sample * tokens + token.
         FIRST_SAMPLE: seed has a second element, the global index of the first sample.
     """
     first_sample = tl.load(seed_ptr + 1) if FIRST_SAMPLE else 0
-    quads = tl.arange(0, BLOCK_BOTTLENECK // 4)[None, :]
+    octets = tl.arange(0, BLOCK_BOTTLENECK // 8).to(tl.uint32)[None, :]
     sample = (rows // tokens + first_sample).to(tl.uint32)[:, None]
     token = (rows % tokens).to(tl.uint32)[:, None]
-    zero = quads.to(tl.uint32) * 0 + token * 0
+    zero = octets * 0 + token * 0
     word0, word1, word2, word3 = tl.philox(
-        tl.load(seed_ptr), quads.to(tl.uint32) + zero, token + zero, sample + zero, group.to(tl.uint32) + zero
+        tl.load(seed_ptr), octets + zero, token + zero, sample + zero, group.to(tl.uint32) + zero, PHILOX_ROUNDS
     )
-    # Two interleavings put lane l of quad q at channel 4 q + l.
-    even = tl.join(word0, word2).reshape([rows.shape[0], BLOCK_BOTTLENECK // 2])
-    odd = tl.join(word1, word3).reshape([rows.shape[0], BLOCK_BOTTLENECK // 2])
-    words = tl.join(even, odd).reshape([rows.shape[0], BLOCK_BOTTLENECK])
-    return tl.where(words >= threshold.to(tl.uint32), keep_scale, 0.0)
+    # Interleavings put half h of lane l of octet o at channel 8 o + 2 l + h. A half is compared in the upper bits of a
+    # word, where those below it decide nothing.
+    even = tl.join(word0, word2).reshape([rows.shape[0], BLOCK_BOTTLENECK // 4])
+    odd = tl.join(word1, word3).reshape([rows.shape[0], BLOCK_BOTTLENECK // 4])
+    words = tl.join(even, odd).reshape([rows.shape[0], BLOCK_BOTTLENECK // 2])
+    numbers = tl.join(words << 16, words).reshape([rows.shape[0], BLOCK_BOTTLENECK])
+    return tl.where(numbers >= threshold.to(tl.uint32) << 16, keep_scale, 0.0)
 
 
 NO_RANK = tl.constexpr(1 << 20)  # the first rank of columns that belong to no target: past every rank

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import TYPE_CHECKING, Any
 
-from mosa_fast.command_line import check_packages, one_line_errors
+from mosa_fast.command_line import CommandParser, check_packages, one_line_errors
 from mosa_fast.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the accuracy of a run's selected weights."""
-    parser = argparse.ArgumentParser(prog="python -m mosa_fast.evaluate", description=__doc__.split(": ")[-1])
+    parser = CommandParser(prog="python -m mosa_fast.evaluate", description=__doc__.split(": ")[-1])
     parser.add_argument("--run", type=RunFolder, required=True, help="folder of a finished run (its --out)")
     parser.add_argument("--split", choices=("test", "val"), default="test", help="images to evaluate (default: test)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 and so on (default: as in the run)")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mosa_fast.command_line import check_packages, one_line_errors
+from mosa_fast.command_line import CommandParser, check_packages, one_line_errors
 from mosa_fast.files import write_atomically, write_folder_atomically
 from mosa_fast.formats import FORMATS
 from mosa_fast.run_folder import RunFolder
@@ -36,7 +35,7 @@ class Exported(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> None:
     """Export a run and print how far the result is from it."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m mosa_fast.export",
         description="Write a finished run as a model that runs without this package, with classes and preprocessing.",
         epilog="Adapters are folded into the model where that is exact, else merged (torch-export, onnx). What is "

@@ -6,13 +6,12 @@ trained, stored and merged weights, made without weights, data or a GPU.
 
 from __future__ import annotations
 
-import argparse
 import platform
 import sys
 from importlib import metadata
 
 import mosa_fast
-from mosa_fast.command_line import broken, one_line_errors, parse
+from mosa_fast.command_line import CommandParser, broken, one_line_errors, parse_options
 from mosa_fast.config import TrainConfig
 
 
@@ -88,7 +87,7 @@ def weights(config: TrainConfig) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the report on this machine, or the table of a run."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m mosa_fast.info",
         description="What is here: versions, devices, backends. With a run's options: the weights that it trains.",
         epilog="Other options are those of mosa_fast.train.",
@@ -101,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(describe())
             return
         recipes = [word for recipe in options.config or () for word in ("--config", recipe)]
-        print(weights(parse([*recipes, *others])[0]))
+        print(weights(parse_options([*recipes, *others], "info", parser.description or "")))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ choose from; `option` adds the rest. Checks, `--help`, resumption and the data f
 from __future__ import annotations
 
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from math import isfinite
@@ -91,19 +91,29 @@ def facts_of(config: type, prefix: str = "") -> dict[str, Facts]:
     return found | {f"{prefix}{f.name}": f.metadata.get(KEY, Facts()) for f in fields(config)}
 
 
-def check_fields(config: Any, prefix: str = "") -> None:
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A mapping with sections inside as one of full names, as "section.field"."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
+def check_fields(config: Any, prefix: str = "", kind: type | None = None) -> None:
     """Raise ValueError for a field of a dataclass, or of its sections, with a wrong type or a value out of range.
 
     Args:
-        config: an instance.
+        config: an instance; or, before there is one, something with the same attributes.
         prefix: what its fields' names begin with in messages, as "optim.".
+        kind: the dataclass, where `config` is no instance of it; None: it is.
     """
-    for f in fields(config):
-        name, value, hint = f"{prefix}{f.name}", getattr(config, f.name), _hints(type(config))[f.name]  # type: ignore[arg-type]
+    owner = kind or type(config)
+    for f in fields(owner):
+        name, value, hint = f"{prefix}{f.name}", getattr(config, f.name), _hints(owner)[f.name]
         if not is_dataclass(hint):
             check_value(name, value, hint, f.metadata.get(KEY, Facts()))
-        elif isinstance(value, hint):  # type: ignore[arg-type]
-            check_fields(value, f"{name}.")
+        elif kind is not None or isinstance(value, hint):  # type: ignore[arg-type]
+            check_fields(value, f"{name}.", kind and hint)  # type: ignore[arg-type]
         else:
             raise ValueError(f"{name} must be of type {hint.__name__}, got {value!r}")  # type: ignore[union-attr]
 

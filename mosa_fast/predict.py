@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from mosa_fast.answers import FORMATS, Answer
-from mosa_fast.command_line import check_packages, leave, one_line_errors
+from mosa_fast.command_line import CommandParser, check_packages, leave, one_line_errors
 from mosa_fast.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
     Exit codes: 0 done, 1 an input could not be read (it is named on standard error, the others have their answers), 2 a
     user's mistake.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m mosa_fast.predict",
         description="Print the most probable classes of images, by name.",
         epilog="What cannot be read is named on standard error; the others are answered, and the exit code is 1.",

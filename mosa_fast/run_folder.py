@@ -186,7 +186,7 @@ class RunFolder:
         Raises:
             ValueError: it is not such a file.
         """
-        return _read_json(self.summary)
+        return _read_mapping(self.summary)
 
     def write_sweep(self, identity: dict[str, Any]) -> None:
         """Keep what a sweep asks for."""
@@ -194,7 +194,14 @@ class RunFolder:
 
     def read_sweep(self) -> dict[str, Any]:
         """The inverse of `write_sweep`; it raises what `read_summary` does."""
-        return _read_json(self.sweep)
+        return _read_mapping(self.sweep)
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    content = _read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} cannot be read: it is no mapping")
+    return content
 
 
 def _read_json(path: Path) -> Any:

@@ -9,7 +9,8 @@ own `grid` is taken.
 `--search uphill` trains only the points on the way from the middle of the grid to its summit.
 `--vary data.shots=10,50 optim.epochs=60,12`: every recipe is run with the first value of each option, then with the
 second; given again, with all combinations.
-`--records FILE`: a line of JSON for every finished run, with its commit.
+`--records FILE`: a line of JSON for every finished run, with its commit. A line that is there stands for its run where
+the run's folder is not.
 `--engine ray`: runs are tasks of a cluster (mosa_fast/sweep_ray.py).
 """
 
@@ -22,12 +23,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
+from mosa_fast.command_line import CommandParser, leave, one_line_errors, parse_options
 from mosa_fast.config import TrainConfig
-from mosa_fast.files import write_atomically
+from mosa_fast.files import write_text
 from mosa_fast.recipes import load_grid, load_recipe
 from mosa_fast.run_folder import RunFolder
 from mosa_fast.sweep_arguments import Grid, find_recipes, label, parse_grid, parse_seeds, parse_variants
-from mosa_fast.sweep_runs import Job, Records, Run, Start, Summary, as_process, execute
+from mosa_fast.sweep_jobs import Job, execute
+from mosa_fast.sweep_records import Records
+from mosa_fast.sweep_runs import Run, Start, Summary, as_process
 from mosa_fast.sweep_search import Place, Search, best_of, everywhere, uphill
 from mosa_fast.sweep_table import Options, Results, Row, groups, make_rows, table
 
@@ -60,7 +64,7 @@ def sweep(
         search: key of SEARCHES.
         search_seeds: of the runs at each point of the grid, whose mean counts; None: one run with the recipe's own.
         seed_options: options that get a run's seed.
-        records: file that gets a line for every finished run.
+        records: file that gets a line for every finished run, and whose lines are finished runs (`Records`).
         start: what trains.
 
     Raises:
@@ -167,7 +171,7 @@ def engine(arguments: argparse.Namespace) -> tuple[Start, int]:
 
 def main() -> None:
     """Sweep as the command line says."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m mosa_fast.sweep",
         description="Run recipes times seeds and print the table. Other options go to every mosa_fast.train.",
         allow_abbrev=False,
@@ -195,38 +199,54 @@ def main() -> None:
     parser.add_argument("--engine", choices=("processes", "ray"), default="processes", help="what trains (processes)")
     parser.add_argument("--cpus", type=float, default=1, help="engine ray: CPUs that each run asks for (1)")
     parser.add_argument("--gpus", type=float, default=0, help="engine ray: GPUs that each run asks for (0)")
-    parser.add_argument("--records", type=Path, help="append a line of JSON for every finished run to this file")
+    parser.add_argument("--records", type=Path, help="file of a line of JSON for every finished run; its runs are done")
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"), help="folder of the runs (runs/sweep)")
     arguments, options = parser.parse_known_args()
-    try:
+    with one_line_errors():
         if any(option.split("=")[0] == "--test" for option in options):
             raise ValueError("--test is no option of a sweep: its table is of test accuracies")
-        start, processes = engine(arguments)
         rows = make_rows(find_recipes(arguments.configs), tuple(options), parse_variants(arguments.vary))
+        seeds = parse_seeds(arguments.seeds)
         grid = None if arguments.grid == [] else parse_grid(arguments.grid or [])
-        results = sweep(
-            rows,
-            parse_seeds(arguments.seeds),
-            grid,
-            arguments.out,
-            processes,
-            search=arguments.search,
-            search_seeds=parse_seeds(arguments.search_seeds) if arguments.search_seeds else None,
-            seed_options=arguments.seed_options,
-            records=arguments.records,
-            start=start,
-        )
+        search_seeds = parse_seeds(arguments.search_seeds) if arguments.search_seeds else None
+        check_rows(rows, grid)
+        start, processes = engine(arguments)
+        try:
+            results = sweep(
+                rows,
+                seeds,
+                grid,
+                arguments.out,
+                processes,
+                search=arguments.search,
+                search_seeds=search_seeds,
+                seed_options=arguments.seed_options,
+                records=arguments.records,
+                start=start,
+            )
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on from here", file=sys.stderr)
+            leave(130)
         text = table(results, groups(rows))
-    except ValueError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
-    print(text)
-    write_atomically(arguments.out / TABLE, lambda temporary: temporary.write_text(text + "\n"))
+        print(text)
+        write_text(arguments.out / TABLE, text + "\n")
     if results.failed:
         print(f"{len(results.failed)} runs failed: {', '.join(results.failed)}", file=sys.stderr)
-        raise SystemExit(1)
+        leave(1)
+
+
+def check_rows(rows: Sequence[Row], grid: Grid | None) -> None:
+    """Leave with one line and code 2 where the options of a row, or its grid's first values, are none of a run's.
+
+    Better now than from each training.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+    for row in rows:
+        axes = load_grid(row.recipe) if grid is None else grid
+        point = [f"--{option}={values[0]}" for option, values in axes.items()]
+        parse_options(["--config", str(row.recipe), *row.options, *point], "sweep", "")
 
 
 if __name__ == "__main__":

@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from finished_runs import finished_run
@@ -34,6 +37,36 @@ def command(monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def _no_git(monkeypatch):
+    """All that is trained now is of the commit abc."""
+    monkeypatch.setattr("mosa_fast.sweep_runs.commit", lambda: "abc")
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """Stands in for the training processes: records their options and writes the summaries they would."""
+    calls = []
+
+    def train(command):
+        assert command[1:3] == ["-m", "mosa_fast.train"]
+        options = dict(word.removeprefix("--").split("=", 1) for word in command[5:] if "=" in word)
+        calls.append(options)
+        lr, seed = float(options.get("optim.lr", 1e-3)), int(options.get("seed", 0))
+        if lr > 1:
+            return type("Done", (), {"returncode": 2})
+        out = Path(options["out"])
+        out.mkdir(parents=True, exist_ok=True)
+        summary = {"val_accuracy": 90 - abs(lr - 5e-3) * 1000}
+        if options.get("test") != "false":
+            summary["test_accuracy"] = 80.0 + seed % 10
+        (out / "summary.json").write_text(json.dumps(summary))
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr("mosa_fast.sweep_runs.subprocess.run", train)
+    return calls
 
 
 def pytest_collection_modifyitems(items):

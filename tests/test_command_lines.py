@@ -1,12 +1,15 @@
 """What all commands have in common: they are listed, and they start at once."""
 
+import ast
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import mosa_fast
+from mosa_fast import info
 from mosa_fast.__main__ import COMMANDS, describe, main
+from mosa_fast.data import check
 
 PACKAGE = Path(mosa_fast.__file__).parent
 HELP = """
@@ -20,7 +23,7 @@ for command in json.loads(sys.argv[1]):
             runpy.run_module(command, run_name="__main__")
     except SystemExit as stop:
         assert stop.code == 0, command
-    assert "usage: python -m mosa_fast." in out.getvalue(), command
+    assert f"usage: python -m {command} " in out.getvalue(), command
     heavy[command] = sorted({"torch", "torchvision", "timm", "matplotlib"} & sys.modules.keys())
 print(json.dumps(heavy))
 """
@@ -41,6 +44,26 @@ def test_every_command_is_listed_with_a_line(command):
         assert describe(name) in out
     assert command(main, "--help")[1] == out
     assert command(main, "train")[0] == 2
+
+
+def test_only_training_resumes_and_overwrites(command):
+    for program in (check, info):
+        code, _, error = command(program.main, "--resume")
+        assert (code, error) == (2, "error: unrecognized arguments: --resume\n"), program
+
+
+def test_text_is_written_in_utf8_whatever_the_locale():
+    """Where nothing says so, Python takes the locale's encoding: a table could not be written under LC_ALL=C."""
+    found = []
+    for path in PACKAGE.rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+                continue
+            name, words = call.func.attr, [word.value for word in call.args if isinstance(word, ast.Constant)]
+            is_text = name in ("read_text", "write_text") or (name == "open" and words[:1] in (["w"], ["a"], ["a+"]))
+            if is_text and not any(word.arg == "encoding" for word in call.keywords) and "utf-8" not in words:
+                found.append(f"{path.name}:{call.lineno}")
+    assert found == []
 
 
 def test_help_is_there_before_torch():

@@ -28,7 +28,7 @@ LAYERS = (
     "training formats",
     # command lines
     "train evaluate predict export info __main__ assets.pretrain assets.drawings "
-    "sweep sweep_arguments sweep_ray sweep_runs sweep_search sweep_table",
+    "sweep sweep_arguments sweep_jobs sweep_ray sweep_records sweep_runs sweep_search sweep_table",
 )
 
 

@@ -3,16 +3,19 @@
 import json
 import os
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tiny_vit import make_tiny_vit
 
-from mosa_fast import MoSAConfig, SparseAdapter, SparseLoRA, adapt, evaluate, info
+from mosa_fast import MoSAConfig, SparseAdapter, SparseLoRA, adapt, evaluate, export, info, predict, sweep
+from mosa_fast.adapters.adapter_file import DIGEST, content_digest, read_adapter
 from mosa_fast.config import DataConfig, OptimConfig, TrainConfig
-from mosa_fast.data import load_data
+from mosa_fast.data import load_data, split
 from mosa_fast.ops import backends
 from mosa_fast.train import main
 from mosa_fast.training import checks
@@ -52,6 +55,7 @@ def fails(capsys, *arguments, command=main):
         ("# nothing\n", "recipe.yaml is empty"),
         ("- 1\n", "recipe.yaml must be a mapping of options, it is a list"),
         ("seed: null\n", "seed must be a whole number, got None"),
+        ("adapter: {experts: 256}\n", "error: adapter.experts must be 1 to 255, got 256"),
         ("model: {name: 3}\n", "model.name must be text, got 3"),
     ],
 )
@@ -67,13 +71,16 @@ def test_recipes(here, capsys, text, message):
         ("--model.drop_path=-1", "model.drop_path must be in [0, 1), got -1.0"),
         ("--model.drop_path=1.0", "model.drop_path must be in [0, 1), got 1.0"),
         ("--model.name=resnet18", "the model is a ResNet"),
-        ("--adapter.bottleneck=100000000", "bottleneck must be at most 65,536, got 100000000"),
+        ("--adapter.bottleneck=100000000", "error: adapter.bottleneck must be at most 65,536, got 100000000"),
         ("--out=/dev/null/x", "Not a directory: /dev/null/x"),
         ("--out=", "out must not be empty"),
         ("--loss.add_weight=-1", "loss.add_weight must be at least 0, got -1.0"),
         ("--loss.reg_weight=-1", "loss.reg_weight must be at least 0, got -1.0"),
-        ("--adapter.seed=-1", "seed must be at least 0, got -1"),
-        ("--seed=99999999999999999999", "seed must be at most 9,223,372,036,854,775,807, got 99999999999999999999"),
+        ("--adapter.seed=-1", "error: adapter.seed must be at least 0, got -1"),
+        (
+            "--seed=99999999999999999999",
+            "error: seed must be at most 9,223,372,036,854,775,807, got 99999999999999999999",
+        ),
         ("--adapter.scale=nan", "adapter.scale must be a number or one of auto, trainable, got nan"),
         ("--adapter.routing=a\nb", "adapter.routing must be one of random, fixed, got a b"),
         ("--loss.views=-1", "loss.views must be one of 1, 2, got -1"),
@@ -154,6 +161,77 @@ def test_a_class_whose_name_is_not_utf8_is_named(data, capsys):
     for part in ("train", "val", "test"):
         os.rename(data / part / "dog", os.fsencode(data / part) + b"/d\xff")
     assert r"the name of class 'd\udcff' is not UTF-8" in fails(capsys, *FOLDER)
+
+
+def test_a_runs_own_file_with_a_wrong_value_is_named_as_its_recipe_would_be(here, capsys):
+    main(FAST)
+    config = here / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("experts: 4", "experts: 0"))
+    assert fails(capsys, "--run=run", command=evaluate.main) == "error: adapter.experts must be 1 to 255, got 0"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: [", "run/config.yaml is not YAML: "),
+        (b"", "run/config.yaml is empty"),
+        (b"\xff", "run/config.yaml cannot be read: 'utf-8'"),
+        (b"- 1\n", "run/config.yaml must be a mapping of options"),
+        (b"bogus: 1\n", "'bogus' is not accepted"),
+    ],
+)
+def test_a_runs_own_file_that_cannot_be_read_is_named(here, capsys, content, message):
+    (here / "run").mkdir()
+    (here / "run" / "classes.json").write_text("[]")
+    (here / "run" / "config.yaml").write_bytes(content)
+    assert message in fails(capsys, "--run=run", command=evaluate.main)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"config": 3}'])
+def test_a_summary_that_cannot_be_read_is_named(here, capsys, content):
+    (here / "run").mkdir()
+    (here / "run" / "summary.json").write_text(content)
+    assert "run/summary.json cannot be read: " in fails(capsys, *FAST, "--resume")
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "message"),
+    [
+        (evaluate, ["--run=a", "--splitt=val"], "unrecognized arguments: --splitt=val; did you mean split?"),
+        (evaluate, [], "the following arguments are required: --run"),
+        (predict, ["--run=a"], "the following arguments are required: INPUT"),
+        (export, ["--run=a", "--out=b", "--format=c"], "argument --format: invalid choice: 'c'"),
+        (info, ["--config"], "argument --config: expected one argument"),
+        (sweep, [], "the following arguments are required: --configs"),
+        (sweep, ["--configs=digits", "--optim.lrr=1"], "--optim.lrr=1; did you mean optim.lr?"),
+        (sweep, ["--configs=digits", "--optim.lr=-1"], "optim.lr must be at least 0, got -1.0"),
+        (sweep, ["--configs=digits", "--grid", "optim.lrr=1"], "did you mean optim.lr?"),
+        (sweep, ["--configs=digits", "--seeds=x"], "--seeds must be a number of seeds"),
+        (sweep, ["--configs=digits", "--out=/dev/null/x"], "Not a directory: /dev/null/x/"),
+        (split, [], "the following arguments are required: images"),
+        (split, ["nowhere"], "no folder nowhere"),
+        (split, ["data", "--fractions=a"], "--fractions must look like 0.1,0.5, got 'a'"),
+        (split, ["data", "--labels=labels.txt"], "labels.txt is not text in UTF-8: "),
+        (split, ["data", "--labels=good.txt", "--out=/dev/null/x"], "Not a directory: /dev/null/x"),
+    ],
+)
+def test_words_of_the_other_commands(here, data, capsys, monkeypatch, command, words, message):
+    (here / "labels.txt").write_bytes(b"a.png \xff\n")
+    (here / "good.txt").write_text("".join(f"{i}.png {i % 2}\n" for i in range(40)))
+    monkeypatch.setattr("sys.argv", ["program", *words])
+    assert message in fails(capsys, command=lambda _: command.main())
+
+
+def test_images_that_are_not_those_of_the_adapter_file_are_refused(here, capsys):
+    """The digits are made in memory, and not by what the file says of images."""
+    main(FAST)
+    path = here / "run" / "adapter.safetensors"
+    tensors, metadata = read_adapter(path)
+    texts = replace(metadata, preprocessing=replace(metadata.preprocessing, mean=(0.4,) * 3)).to_texts()
+    save_file(tensors, path, texts | {DIGEST: content_digest(tensors, texts)})
+    line = fails(capsys, "--run=run", command=evaluate.main)
+    assert "data.name digits has images of Preprocessing(" in line
+    assert "cannot give images of Preprocessing(image_size=32, resize=None, mean=(0.4, 0.4, 0.4)" in line
 
 
 def test_broken_class_names_of_a_run_are_named(here, capsys):

@@ -2,7 +2,6 @@ import json
 import os
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 
@@ -18,34 +17,7 @@ from mosa_fast.train import main as train_main
 
 FAST = ["--data.shots=1", "--optim.epochs=1", "--optim.batch_size=10"]
 
-
-@pytest.fixture(autouse=True)
-def _no_git(monkeypatch):
-    monkeypatch.setattr(sweep_runs, "commit", lambda: "abc")
-
-
-@pytest.fixture
-def trainings(monkeypatch):
-    """Stands in for the training processes: records their options and writes the summaries they would."""
-    calls = []
-
-    def train(command):
-        assert command[1:3] == ["-m", "mosa_fast.train"]
-        options = dict(word.removeprefix("--").split("=", 1) for word in command[5:] if "=" in word)
-        calls.append(options)
-        lr, seed = float(options.get("optim.lr", 1e-3)), int(options.get("seed", 0))
-        if lr > 1:
-            return type("Done", (), {"returncode": 2})
-        out = Path(options["out"])
-        out.mkdir(parents=True, exist_ok=True)
-        summary = {"val_accuracy": 90 - abs(lr - 5e-3) * 1000}
-        if options.get("test") != "false":
-            summary["test_accuracy"] = 80.0 + seed % 10
-        (out / "summary.json").write_text(json.dumps(summary))
-        return type("Done", (), {"returncode": 0})
-
-    monkeypatch.setattr(sweep_runs.subprocess, "run", train)
-    return calls
+pytestmark = pytest.mark.usefixtures("_no_git")
 
 
 def test_a_sweep_of_real_runs(tmp_path, monkeypatch, command):
@@ -224,45 +196,6 @@ def test_an_idle_process_takes_a_run_of_the_next_row(tmp_path, trainings, monkey
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     code, _, _ = command(main, "--configs", "digits/linear", "digits/full", "--out", tmp_path, "--processes", 2)
     assert code == 0
-
-
-def test_every_finished_run_is_one_line_of_the_records(tmp_path, trainings, command):
-    records = tmp_path / "records.jsonl"
-    arguments = ["--configs", "digits", "--out", tmp_path / "a", "--grid", "optim.lr=1e-3,5", "--records", records]
-    for _ in range(2):  # what is done is not written again
-        command(main, *arguments, "--seeds", "1,2", "--data.shots=9")
-    lines = [json.loads(line) for line in records.read_text().splitlines()]
-    own = {"recipe": "configs/digits", "options": ["--data.shots=9", "--optim.lr=1e-3"], "commit": "abc"}
-    assert lines == [
-        own | {"seed": None, "search": True, "val_accuracy": 86.0},
-        own | {"seed": 1, "search": False, "val_accuracy": 86.0, "test_accuracy": 81.0},
-        own | {"seed": 2, "search": False, "val_accuracy": 86.0, "test_accuracy": 82.0},
-    ]
-    records.write_text("".join(json.dumps(line) + "\n" for line in lines[:2]))
-    command(main, *arguments, "--seeds", "1,2", "--data.shots=9")
-    assert [json.loads(line) for line in records.read_text().splitlines()] == lines  # one that was lost is back
-
-
-def test_a_record_has_the_commit_that_its_run_was_made_by(tmp_path, trainings, monkeypatch):
-    rows = make_rows(find_recipes(["digits"]))
-    sweep(rows, [1], {}, tmp_path)
-    monkeypatch.setattr(sweep_runs, "commit", lambda: "def")
-    sweep(rows, [1, 2], {}, tmp_path, records=tmp_path / "records.jsonl")
-    lines = (tmp_path / "records.jsonl").read_text().splitlines()
-    assert [json.loads(line)["commit"] for line in lines] == ["abc", "def"]
-
-
-def test_a_last_record_that_was_cut_short_is_written_again_and_other_damage_is_named(tmp_path, trainings):
-    rows, records = make_rows(find_recipes(["digits"])), tmp_path / "records.jsonl"
-    sweep(rows, [1, 2], {}, tmp_path, records=records)
-    whole = records.read_text()
-    records.write_text(whole[:-20])
-    assert len(sweep_runs.read_records(records)) == 1
-    sweep(rows, [1, 2], {}, tmp_path, records=records)
-    assert records.read_text() == whole
-    records.write_text(whole[:20] + "\n" + whole)
-    with pytest.raises(ValueError, match=r"records\.jsonl, line 1 is broken: Unterminated"):
-        sweep(rows, [1, 2], {}, tmp_path, records=records)
 
 
 def test_seeds_are_a_number_or_a_list():

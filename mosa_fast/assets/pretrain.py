@@ -82,7 +82,7 @@ def main() -> None:
         model.load_state_dict({name: weight.float() for name, weight in load_file(args.start).items()}, strict=False)
     optimizers = create_optimizers(model, args.lr)
     done, seconds = 0, 0.0
-    log = (args.out / "pretrain.log").open("a", buffering=1)
+    log = (args.out / "pretrain.log").open("a", buffering=1, encoding="utf-8")
     settings = vars(args) | {"start": args.start and args.start.name}
     del settings["out"]
     log.write(f"# {settings}, torch {torch.__version__}\n")

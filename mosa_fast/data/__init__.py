@@ -23,7 +23,8 @@ class Family(NamedTuple):
     Attributes:
         root: what data.root is; None: the family needs none.
         squash: both sides of an image are resized, and nothing about training is random, as in VTAB-1k.
-        statistics: the family's own, whatever the backbone wants; None: those that are asked for.
+        statistics: the family's own, whatever the backbone wants: its images are made in memory, and have this one
+            preprocessing. None: those that are asked for.
     """
 
     root: str | None
@@ -55,18 +56,22 @@ def load_data(
         config: the data section of a run.
         image_size: side of the images in pixels.
         seed: of every random split.
-        preprocessing: of images of files; None: `preprocessing_of` the data set.
+        preprocessing: of the images in evaluation; None: `preprocessing_of` the data set.
         strict: refuse missing images and labels out of range; the data check wants to see all of them instead.
 
     Raises:
-        ValueError: the name is unknown, an option is not for this family, or files are missing or do not fit.
+        ValueError: the name is unknown, an option is not for this family, files are missing or do not fit, or the
+            preprocessing is one that the family's images do not have.
     """
     check_fields(config, "data.")
     _check_family(config)
     from mosa_fast.data.parts import Wanted
 
     root = _root(config) if FAMILIES[config.name].root else Path()
-    transforms = make_transforms(config, preprocessing or preprocessing_of(config, image_size))
+    usual = preprocessing_of(config, image_size)
+    if FAMILIES[config.name].statistics and preprocessing not in (None, usual):
+        raise ValueError(f"data.name {config.name} has images of {usual}, and cannot give images of {preprocessing}")
+    transforms = make_transforms(config, preprocessing or usual)
     wanted = Wanted(root, image_size, transforms, seed, strict)
     return getattr(_module(config.name), f"load_{config.name}")(config, wanted)
 

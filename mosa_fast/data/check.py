@@ -162,11 +162,12 @@ def _shorten(lines: list[str]) -> list[str]:
 
 def main() -> None:
     """Check the data set of a recipe; options are those of mosa_fast.train."""
-    from mosa_fast.command_line import check_packages, one_line_errors, parse
+    from mosa_fast.command_line import check_packages, one_line_errors, parse_options
     from mosa_fast.data import load_data
 
     with one_line_errors():
-        config, _ = parse(sys.argv[1:])
+        description = "Is a data set what it should be? Reads all of it; its options are those of a run."
+        config = parse_options(sys.argv[1:], "data.check", description)
         check_packages()
         # The size of the images does not matter here: they are decoded, not transformed.
         splits = load_data(config.data, config.data.image_size or 32, config.seed, strict=False)

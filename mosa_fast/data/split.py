@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -10,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from mosa_fast.command_line import CommandParser, one_line_errors
 from mosa_fast.data.image_file import find_files, is_image_name
 from mosa_fast.data.stratify import stratified_split
-from mosa_fast.files import write_atomically
+from mosa_fast.files import write_text
 
 BIRD_LISTS = ("images.txt", "image_class_labels.txt", "train_test_split.txt")  # of CUB and NABirds
 
@@ -101,7 +101,7 @@ def read_labels(path: Path) -> list[tuple[str, int | str, bool | None]]:
     rows: list[tuple[str, int | str, bool | None]] = []
     if not path.is_file():
         raise ValueError(f"no file {path}")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         words = line.rsplit(maxsplit=2)
@@ -120,8 +120,7 @@ def read_labels(path: Path) -> list[tuple[str, int | str, bool | None]]:
 
 
 def _write_json(path: Path, content: dict[str, int | str]) -> None:
-    text = json.dumps(content, indent=0, ensure_ascii=False)
-    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
+    write_text(path, json.dumps(content, indent=0, ensure_ascii=False))
 
 
 def _choose(indices: list[int], ids: Sequence[int | str], take: float, seed: int) -> tuple[list[int], list[int]]:
@@ -149,13 +148,27 @@ def _check_counts(ids: Sequence[int | str], least: int, parts: str) -> None:
 
 
 def _pairs(path: Path) -> dict[str, str]:
-    rows = (line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    rows = (line.split(maxsplit=1) for line in _read_text(path).splitlines() if line.strip())
     return {key: value.strip() for key, value in rows}
+
+
+def _parse_fractions(text: str) -> list[float]:
+    try:
+        return [float(fraction) for fraction in text.split(",") if fraction]
+    except ValueError:
+        raise ValueError(f"--fractions must look like 0.1,0.5, got {text!r}") from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: {error}") from None
 
 
 def main() -> None:
     """`python -m mosa_fast.data.split IMAGES [--labels FILE] [--out DIR] [--fractions 0.1,0.5]`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m mosa_fast.data.split",
         description="Make split files (train.json, val.json, test.json) for the family fgvc, seeded and stratified.",
     )
@@ -169,22 +182,20 @@ def main() -> None:
     parser.add_argument("--fractions", default="", help="low-resource parts of the training images, as in 0.1,0.5")
     parser.add_argument("--seed", type=int, default=3407, help="fixes every choice (3407)")
     arguments = parser.parse_args()
-    try:
+    with one_line_errors():
         for name in ("val", "test"):
             if not 0.0 < getattr(arguments, name) < 1.0:
                 raise ValueError(f"--{name} must be between 0 and 1, got {getattr(arguments, name)}")
         if not arguments.images.is_dir():
             raise ValueError(f"no folder {arguments.images}")
         rows = read_labels(arguments.labels) if arguments.labels else find_images(arguments.images)
-        fractions = [float(fraction) for fraction in arguments.fractions.split(",") if fraction]
+        fractions = _parse_fractions(arguments.fractions)
         out = arguments.out or arguments.images
         counts = make_split_files(
             rows, out, val=arguments.val, test=arguments.test, fractions=fractions, seed=arguments.seed
         )
-    except ValueError as error:
-        parser.error(str(error))
-    for name, count in counts.items():
-        print(f"{out / name}: {count} images")
+        for name, count in counts.items():
+            print(f"{out / name}: {count} images")
 
 
 if __name__ == "__main__":

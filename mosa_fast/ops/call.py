@@ -193,8 +193,13 @@ class SparseAdapterCall(Call, name="sparse_adapter"):
 
     @property
     def dropout_threshold(self) -> int:
-        """An activation is dropped where its random 32-bit word is below this number."""
+        """An activation is dropped where its random 16-bit number is below this one."""
         return philox.dropout_threshold(self.dropout)
+
+    @property
+    def dropout_scale(self) -> float:
+        """What a kept activation is multiplied by."""
+        return philox.dropout_scale(self.dropout)
 
 
 @dataclass(frozen=True)

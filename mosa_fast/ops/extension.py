@@ -130,7 +130,7 @@ def _build() -> None:
     if emulated():
         # A .cu is not for a host compiler; one more file that includes it is.
         wrapper = directory / "emulation.cpp"
-        wrapper.write_text(f'#include "{_folder() / SOURCES[0]}"\n')
+        wrapper.write_text(f'#include "{_folder() / SOURCES[0]}"\n', encoding="utf-8")
         sources[0] = str(wrapper)
         options = {"extra_cflags": ["-O2", "-std=c++20", "-DMOSA_FAST_EMULATE"], "with_cuda": False}
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST")

@@ -1,8 +1,11 @@
-"""Counter-based random numbers (Philox-4x32-10; Salmon et al., SC 2011), the same on every backend.
+"""Counter-based random numbers (Philox-4x32-7; Salmon et al., SC 2011), the same on every backend.
 
 A number is a pure function of a 64-bit key and a 128-bit counter: nothing is stored for backward, and neither the
 launch grid, the rank nor the accumulation step changes what is drawn. `dropout_keep` fixes which counter belongs to
 which activation; kernels implement exactly the same map.
+
+Seven rounds are the fewest of Philox-4x32 that pass BigCrush (the paper's table 2; its authors advise ten, for a margin
+that dropout does not need). A decision of dropout takes 16 of the 128 bits of a call: eight decisions a call.
 """
 
 from __future__ import annotations
@@ -10,10 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ROUNDS = 10
+ROUNDS = 7
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 MASK = 0xFFFFFFFF
+CHANNELS = 8  # channels of one call
+LEVELS = 2**16  # values of a channel's number
 Lanes = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -21,42 +26,56 @@ def philox(key: Tensor, counter: Lanes) -> Lanes:
     """Four random 32-bit words for each counter.
 
     Args:
-        key: int64, broadcastable with the counter: the 64-bit key.
+        key: int64, without dimensions: the 64-bit key.
         counter: four int64 tensors, broadcastable with each other, of which the low 32 bits count.
 
     Returns:
         Four int64 tensors of the broadcast shape, values in [0, 2^32).
     """
-    k0, k1 = key & MASK, (key >> 32) & MASK
-    c0, c1, c2, c3 = torch.broadcast_tensors(*(word & MASK for word in counter))
-    for _ in range(ROUNDS):
+    # On a CPU memory is what takes the time. So the counter is broadcast by the rounds (on a grid, the words of the
+    # first two are no larger than two of its axes), words are cut to 32 bits only where they are multiplied, and they
+    # are changed in place.
+    rounds = torch.arange(ROUNDS, device=key.device)
+    keys0, keys1 = (key + KEY_INCREMENTS[0] * rounds), ((key >> 32) + KEY_INCREMENTS[1] * rounds)
+    c0, c1, c2, c3 = (word & MASK for word in counter)
+    for k0, k1 in zip(keys0.unbind(), keys1.unbind(), strict=True):
         # The product of two 32-bit words wraps in int64, but its 64 bits are the right ones.
-        product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((product1 >> 32) ^ c1 ^ k0) & MASK,
-            product1 & MASK,
-            ((product0 >> 32) ^ c3 ^ k1) & MASK,
-            product0 & MASK,
-        )
-        k0, k1 = (k0 + KEY_INCREMENTS[0]) & MASK, (k1 + KEY_INCREMENTS[1]) & MASK
+        product0 = c0.bitwise_and_(MASK).mul_(MULTIPLIERS[0])
+        product1 = c2.bitwise_and_(MASK).mul_(MULTIPLIERS[1])
+        c0, c2 = _xor(product1 >> 32, c1.bitwise_xor_(k0)), _xor(product0 >> 32, c3.bitwise_xor_(k1))
+        c1, c3 = product1, product0
+    c0, c1, c2, c3 = (word.bitwise_and_(MASK) for word in (c0, c1, c2, c3))
     return c0, c1, c2, c3
 
 
+def _xor(word: Tensor, other: Tensor) -> Tensor:
+    return word.bitwise_xor_(other) if word.shape == other.shape else word ^ other
+
+
 def dropout_threshold(probability: float) -> int:
-    """An activation is dropped where its 32-bit word is below this number."""
-    return min(round(probability * 2**32), MASK)
+    """An activation is dropped where its 16-bit number is below this one: the probability in steps of 1 / 65,536.
+
+    Less than half a step drops nothing; and something is always kept, since the probability is below one.
+    """
+    return min(round(probability * LEVELS), LEVELS - 1)
+
+
+def dropout_scale(probability: float) -> float:
+    """What a kept activation is multiplied by: 1 / (1 - p) of the p that is drawn, so that the expectation is exact."""
+    return LEVELS / (LEVELS - dropout_threshold(probability))
 
 
 def dropout_keep(seed: Tensor, probability: float, views: int, samples: int, tokens: int, channels: int) -> Tensor:
     """Which activations survive dropout.
 
-    The word for (view, sample, token, channel) is lane `channel % 4` of
-    philox(key=seed[0], counter=(channel // 4, token, first_sample + sample, view)).
+    The number of (view, sample, token, channel) is a half of lane `channel % 8 // 2`, the low one of an even channel
+    and the high one of an odd channel, of philox(key=seed[0], counter=(channel // 8, token, first_sample + sample,
+    view)).
 
     Args:
         seed: int64 `[1]` (the key) or `[2]` (the key and `first_sample`, the global index of this batch's first
             sample: a rank or an accumulation step draws what the whole batch would have drawn).
-        probability: chance to drop, in [0, 1).
+        probability: chance to drop, in [0, 1); rounded to a multiple of 1 / 65,536.
         views, samples, tokens, channels: shape of the activations; samples are counted within a view.
 
     Returns:
@@ -70,6 +89,8 @@ def dropout_keep(seed: Tensor, probability: float, views: int, samples: int, tok
         shape[dim] = size
         return torch.arange(size, device=device).view(shape)
 
-    counter = (index(-(-channels // 4), 3), index(tokens, 2), index(samples, 1) + first_sample, index(views, 0))
-    words = torch.stack(philox(seed[0], counter), dim=-1).flatten(-2)[..., :channels]
-    return words >= dropout_threshold(probability)
+    counter = (index(-(-channels // CHANNELS), 3), index(tokens, 2), index(samples, 1) + first_sample, index(views, 0))
+    words = torch.stack([word.to(torch.int32) for word in philox(seed[0], counter)], dim=-1)
+    numbers = words.view(torch.int16).flatten(-2)[..., :channels]  # low half first: all of torch's platforms but s390x
+    # As signed numbers, since torch compares no unsigned ones of 16 bits: half the range lower, and so in order.
+    return numbers.bitwise_xor_(-LEVELS // 2) >= dropout_threshold(probability) - LEVELS // 2

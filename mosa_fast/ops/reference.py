@@ -58,7 +58,7 @@ def sparse_adapter(call: SparseAdapterCall) -> Tensor:
         hidden = ACTIVATIONS[c.activation](pre)
         if c.seed is not None:
             keep = dropout_keep(c.seed, c.dropout, c.groups, samples, c.tokens, c.bottleneck)
-            hidden = hidden * keep.flatten(1, 2) / (1 - c.dropout)
+            hidden = hidden * keep.flatten(1, 2) * c.dropout_scale
 
         up = expert_weight(c.up_weight, None, c.up_owner, c.experts[:, 1], c.up_bias.shape[0])
         bias = expert_bias(c.up_bias, c.up_owner, c.experts[:, 1])

@@ -50,7 +50,7 @@ def sparse_adapter(
             wait for the device): one that is out of range owns nothing.
         activation: "gelu" (exact), "relu" or "silu".
         scale: a number, or a one-element tensor, which gets a gradient.
-        dropout: probability, in [0, 1), of dropping a hidden activation.
+        dropout: probability, in [0, 1), of dropping a hidden activation; rounded to a multiple of 1 / 65,536.
         seed: of the dropout: an int, or an int64 tensor of one element (the key) or two (the key and the global
             index of the first sample, see `mosa_fast.ops.philox.dropout_keep`).
         add_input: add x to the output.

@@ -81,7 +81,7 @@ def _sizes(c: SparseAdapterCall, split: launching.Split, programs: int) -> dict[
 
 
 def _numbers(c: SparseAdapterCall) -> dict[str, float]:
-    return {"scale": c.scale, "keep_scale": 1.0 / (1.0 - c.dropout), "eps": c.eps}
+    return {"scale": c.scale, "keep_scale": c.dropout_scale, "eps": c.eps}
 
 
 def _tiles(size: int) -> int:

@@ -91,7 +91,7 @@ def _arguments(c: SparseAdapterCall) -> dict[str, Any]:
         "tokens": c.tokens,
         "scale": c.scale,
         "dropout_threshold": c.dropout_threshold,
-        "dropout_scale": 1.0 / (1.0 - c.dropout),
+        "dropout_scale": c.dropout_scale,
         "eps": c.eps,
         "BOTTLENECK": c.bottleneck,
         "BLOCK_BOTTLENECK": triton_tiles.padded_rank(c.bottleneck),

@@ -23,13 +23,14 @@ from torch import nn
 from mosa_fast.adapters.adapter_file import load_trained_state, trained_state
 from mosa_fast.config import TrainConfig
 from mosa_fast.files import write_atomically
-from mosa_fast.options import facts_of
+from mosa_fast.options import facts_of, flat
 from mosa_fast.run_folder import RunFolder
 from mosa_fast.tensor_file import read_tensors, write_tensors
 from mosa_fast.training.distributed import Ranks
 from mosa_fast.training.position import Position
 
-FORMAT = "mosa_fast.checkpoint.3"
+# Another one where a checkpoint holds something else, and where a resumed run would draw other random numbers.
+FORMAT = "mosa_fast.checkpoint.4"
 
 
 class Stateful(Protocol):
@@ -132,16 +133,9 @@ class Checkpoints:
 def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Options that differ, (then, now) by name, without those that a resumed run may change (`Facts.free`)."""
     facts = facts_of(TrainConfig)
-    old, new = _flat(then), _flat(now)
+    old, new = flat(then), flat(now)
     names = [name for name in {**old, **new} if name not in facts or not facts[name].free]
     return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _digest(path: Path) -> str:

@@ -30,6 +30,8 @@ def finished_summary(folder: RunFolder, config: TrainConfig, *, resume: bool) ->
             f"{folder} holds a finished run, of {day}: choose another folder with --out, or replace it with --overwrite"
         )
     summary = folder.read_summary()
+    if not isinstance(summary.get("config"), dict):
+        raise ValueError(f"{folder.summary} cannot be read: it has no config; replace the run with --overwrite")
     for name, (then, now) in changes(summary["config"], asdict(config)).items():
         more = " (the learning rate came to its end with the last epoch)" if name == "optim.epochs" else ""
         raise ValueError(

@@ -71,12 +71,16 @@ def train(
     if config.data.image_size is None:
         config.data.image_size = input_size(config.model)
     progress = progress and os.environ.get("RANK", "0") == "0"
-    # Before there are processes to wait for, and without writing to a folder that is not to be written to.
-    finished = None if overwrite else finished_summary(folder, config, resume=resume)
-    if finished is not None:
-        return _left_as_it_is(folder, finished, progress=progress)
 
     with join_ranks(config.device) as ranks, StopSignals() as stop, ExitStack() as held:
+
+        def finished_run() -> dict[str, Any] | None:
+            # The first process looks, for all: what they would see themselves may differ, on a shared folder.
+            return None if overwrite else ranks.from_first(lambda: finished_summary(folder, config, resume=resume))
+
+        finished = finished_run()  # before the folder is locked, which may not be possible in a finished one
+        if finished is not None:
+            return _left_as_it_is(folder, finished, progress=progress)
         device, optim, method = ranks.device, config.optim, METHODS[config.method]
         on_gpu = device.type == "cuda"
         if config.cuda_graphs and (not on_gpu or ranks.world > 1):
@@ -87,13 +91,10 @@ def train(
 
         # Set-up: the folder, which belongs to this run from here on.
         ranks.from_first(lambda: held.enter_context(lock_folder(folder)))
-        checkpoint = None
-        if not overwrite:
-            # Once more: whoever held the folder until now may have finished since.
-            finished = ranks.from_first(lambda: finished_summary(folder, config, resume=resume))
-            if finished is not None:
-                return _left_as_it_is(folder, finished, progress=progress)
-            checkpoint = ranks.from_first(lambda: checkpoint_to_resume(folder, resume=resume))
+        finished = finished_run()  # once more: whoever held the folder until now may have finished since
+        if finished is not None:
+            return _left_as_it_is(folder, finished, progress=progress)
+        checkpoint = None if overwrite else ranks.from_first(lambda: checkpoint_to_resume(folder, resume=resume))
 
         # Set-up: data.
         preprocessing = preprocessing_of_run(config)

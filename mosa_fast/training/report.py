@@ -10,7 +10,7 @@ from torch import nn
 
 from mosa_fast.config import TrainConfig
 from mosa_fast.data.parts import Splits, labels_of
-from mosa_fast.files import write_atomically
+from mosa_fast.files import write_text
 from mosa_fast.methods import METHODS
 from mosa_fast.run_folder import RunFolder
 from mosa_fast.training.distributed import Ranks
@@ -39,14 +39,13 @@ class MetricsLog:
     def begin(self) -> None:
         """Let the file hold the rows so far: those of the checkpoint that a run is resumed from, or none."""
         if self.enabled:
-            text = "".join(json.dumps(row) + "\n" for row in self.rows)
-            write_atomically(self.path, lambda temporary: temporary.write_text(text))
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row to the file and to `rows`."""
         self.rows.append(row)
         if self.enabled:
-            with self.path.open("a") as handle:
+            with self.path.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(row) + "\n")
 
     def state_dict(self) -> dict[str, Any]:

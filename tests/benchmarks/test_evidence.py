@@ -90,3 +90,13 @@ def test_the_command_writes_tables_and_plots_beside_the_file(tmp_path, records, 
     code, _, error = command(main, tmp_path / "none.jsonl")
     assert code == 2
     assert "none.jsonl cannot be read" in error
+
+
+def test_plots_that_there_is_nothing_for_are_neither_promised_nor_left_from_before(tmp_path, records, command):
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in records if line["steps"] < 600))
+    (tmp_path / "some_steps.png").touch()
+    code, out, error = command(main, path)
+    assert code == 0, error
+    assert out.rstrip() == ", ".join(str(tmp_path / f"some{end}") for end in (".md", "_shots.png", "_differences.png"))
+    assert not (tmp_path / "some_steps.png").exists()

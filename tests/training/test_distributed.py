@@ -13,6 +13,7 @@ from mosa_fast.data.step_sampler import rank_slice
 from mosa_fast.run_folder import RunFolder
 from mosa_fast.run_lock import lock_folder
 from mosa_fast.training.distributed import join_ranks
+from mosa_fast.training.folder_state import finished_summary
 from mosa_fast.training.loop import train
 
 
@@ -48,6 +49,21 @@ def test_one_rank_holds_the_folder_and_all_are_refused_in_one_line(tmp_path):
     assert run_ranks(2, tiny_run(tmp_path / "run", optim=optim)) == [0, 0]
     assert not RunFolder(tmp_path / "run").lock.exists()
     assert run_ranks(2, tiny_run(tmp_path / "run", optim=optim), main=True) == [2, 2]  # it is finished
+
+
+def test_the_first_rank_says_for_all_what_is_in_the_folder(tmp_path, monkeypatch):
+    """On a folder that machines share, another rank may not see yet what the first one sees."""
+    config = tiny_run(tmp_path, optim=OptimConfig(lr=1e-3, epochs=1, warmup_epochs=0, batch_size=8), test=False)
+    train(config, progress=False)
+    summary = RunFolder(tmp_path).summary
+    before = summary.stat().st_mtime_ns
+
+    def seen(folder, config, *, resume):
+        return None if os.environ["RANK"] == "1" else finished_summary(folder, config, resume=resume)
+
+    monkeypatch.setattr("mosa_fast.training.loop.finished_summary", seen)
+    assert run_ranks(2, config, resume=True) == [0, 0]
+    assert summary.stat().st_mtime_ns == before
 
 
 class Unsendable(Exception):

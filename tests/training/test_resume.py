@@ -168,10 +168,11 @@ def test_another_number_of_images_a_step_is_refused(tmp_path, monkeypatch):
         train(tiny_run(tmp_path), progress=False, resume=True)
 
 
-def test_a_checkpoint_of_another_version_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("version", [1, 3])  # 3: as today's, but for the numbers that a run draws
+def test_a_checkpoint_of_another_version_is_refused(version, tmp_path, monkeypatch):
     checkpoint = stopped_run(tmp_path, monkeypatch)
-    torch.save({"format": "mosa_fast.checkpoint.1"}, checkpoint)
-    with pytest.raises(ValueError, match=r"is not a checkpoint of this version \(mosa_fast\.checkpoint\.3\)"):
+    torch.save(torch.load(checkpoint) | {"format": f"mosa_fast.checkpoint.{version}"}, checkpoint)
+    with pytest.raises(ValueError, match=r"is not a checkpoint of this version \(mosa_fast\.checkpoint\.4\)"):
         train(tiny_run(tmp_path), progress=False, resume=True)
 
 
