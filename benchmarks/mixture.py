@@ -194,7 +194,7 @@ def main() -> None:
             results["runs"].append(case._asdict() | run(config_of(case, options)))
             arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             print(case, results["runs"][-1]["merged"], flush=True)
-    publish(results, arguments.out, markdown(results), {"": plot})
+    publish(results, arguments.out, markdown(results), {"training": plot})
 
 
 if __name__ == "__main__":
