@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks import serving  # noqa: F401  # registers its cases
 from benchmarks.cases import CASES, COPY, Contender, free_memory, operator_work
-from benchmarks.contenders import best_backend
+from benchmarks.contenders import NO_ADAPTER, best_backend
 from benchmarks.machine import environment, speeds
 from benchmarks.results import KEY, MEASURED, NO_TIME, Row
 from benchmarks.spec import BANKS, CONFIG, EVALUATIONS, OPERATORS, Mode, Spec
@@ -82,6 +82,10 @@ def _operator_specs() -> tuple[Spec, ...]:
     )
 
 
+def _step_specs() -> tuple[Spec, ...]:
+    return tuple(Spec("step", "vit_base_patch16_224", 128, precision) for precision in ("bf16-mixed", "bf16-true"))
+
+
 def _quick_specs() -> tuple[Spec, ...]:
     tiny, small = "vit_tiny_patch16_224", "vit_small_patch16_224"
     # The longest come last, and have the time that the others left: on slow cores they would leave none.
@@ -130,6 +134,9 @@ SUITES = {
             *("MoSL, reference", "MoSL, triton", "peft, q and v"),
         ),
         gpu=True,
+    ),
+    "step": Suite(
+        _step_specs(), 2, (NO_ADAPTER, "ours, triton", "paper", "dense", "peft, q and v", "peft, fused qkv"), gpu=True
     ),
 }
 

@@ -1,5 +1,6 @@
 """The README says what the files say."""
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -10,12 +11,19 @@ import torch
 README = Path(__file__).parent.parent / "README.md"
 
 
-@pytest.mark.parametrize(("file", "table"), [("digits", "accuracy_table"), ("campaign", "reliability_table")])
-def test_the_tables_are_those_of_the_results(file, table):
-    from benchmarks import report
+@pytest.mark.parametrize(
+    ("file", "module", "table"),
+    [
+        ("digits", "report", "accuracy_table"),
+        ("campaign", "report", "reliability_table"),
+        ("machine_code", "machine_code.results", "readme_table"),
+    ],
+)
+def test_the_tables_are_those_of_the_results(file, module, table):
     from benchmarks.results import FOLDER
 
-    assert getattr(report, table)(json.loads((FOLDER / f"{file}.json").read_text())) in README.read_text()
+    make = getattr(importlib.import_module(f"benchmarks.{module}"), table)
+    assert make(json.loads((FOLDER / f"{file}.json").read_text())) in README.read_text()
 
 
 def test_the_code_example_runs(tmp_path, monkeypatch):

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class Chip:
     """A GPU, as the model needs it. Bandwidths are what a good copy reaches, not the data sheet's.
 
-    Rates are of one multiprocessor in one cycle: `tensor` multiply-adds of 16-bit products, and lanes (threads) of an
-    instruction. A multiprocessor has four schedulers that issue an instruction a cycle each.
+    Rates are of one multiprocessor in one cycle: `tensor` multiply-adds of 16-bit products, and for other pipes lanes,
+    of which an instruction takes 32. Four schedulers issue an instruction a cycle each.
     """
 
     name: str
@@ -22,10 +22,10 @@ class Chip:
     l2_bytes: int
     tensor: int
     fma: int
+    shared: int  # bytes
     alu: int = 64
     mufu: int = 16
     registers: int = 65536
-    shared: int = 0  # bytes
     warps: int = 64
     reserved: int = 1024  # bytes of shared memory that a program takes besides its own
     kept: float = 0.6  # of the L2 cache: what rows in flight may take of it, beside what streams through
@@ -36,9 +36,22 @@ class Chip:
 
 
 CHIPS = {
-    chip.architecture: chip
+    chip.name: chip
     for chip in (
-        Chip("A100", "sm_80", 108, 1.41e9, 1.75e12, 4.0e12, 40 * 2**20, tensor=1024, fma=64, shared=164 * 1024),
         Chip("H100", "sm_90", 132, 1.755e9, 3.0e12, 5.5e12, 50 * 2**20, tensor=2048, fma=128, shared=228 * 1024),
+        Chip("A100", "sm_80", 108, 1.41e9, 1.75e12, 4.0e12, 40 * 2**20, tensor=1024, fma=64, shared=164 * 1024),
     )
+}
+# The command line's: the field, its unit, and words.
+ASSUMPTIONS = {
+    "multiprocessors": ("multiprocessors", 1, "number of multiprocessors"),
+    "clock": ("clock", 1e9, "GHz"),
+    "dram": ("dram", 1e12, "TB/s from DRAM"),
+    "l2": ("l2", 1e12, "TB/s from the L2 cache"),
+    "l2-mib": ("l2_bytes", 2**20, "MiB of L2 cache"),
+    "kept": ("kept", 1, "of the L2 cache that rows in flight may take"),
+    "dram-latency": ("dram_latency", 1e-6, "µs from a load to its data"),
+    "l2-latency": ("l2_latency", 1e-6, "µs from a load to its data in L2"),
+    "launch": ("launch", 1e-6, "µs a launch"),
+    "issue": ("issue", 1, "cycles from one instruction of a warp to its next one"),
 }

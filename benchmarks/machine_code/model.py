@@ -164,13 +164,15 @@ def find_trips(code: Code, moved: Traffic, warps: int, name: str) -> tuple[int, 
     if not moved.loops:
         return tuple(1 for _ in code.loops)
     declared = _flat(moved.loops)
-    found = [code.depth(loop) for loop in code.loops]
-    for chosen in combinations(declared, len(found)):
+    depths = [code.depth(loop) for loop in code.loops]
+    for chosen in combinations(declared, len(depths)):
+        if [depth for depth, _ in chosen] != depths:
+            continue
         trips = tuple(count for _, count in chosen)
         counted = code.by_pipe(trips)["multiplications"] * warps
         if not moved.products or (counted and counted % moved.products == 0):
             return trips
-    raise ValueError(f"{name} has loops {found} deep, which are not the declared {declared}")
+    raise ValueError(f"{name} has loops at depths {depths}, which are not those declared, (depth, trips): {declared}")
 
 
 def _flat(loops: Loops, depth: int = 0) -> list[tuple[int, int]]:
