@@ -137,46 +137,59 @@ def accuracies(model: AdaptedModel, images: Tensor, labels: Tensor, draws: Tenso
     return {"sampled": accuracy(sampled, labels), "ensemble": accuracy(ensemble, labels), "merged": by_factor}
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line for every training, as it was at its end."""
-    columns: tuple[str, ...] = (
-        "E",
-        "scale",
-        "merged",
-        "sampled",
-        "sum of the experts",
-        "best factor",
-        "L2 merged to frozen",
-    )
-    columns += ("L2 sampled to merged", "weights, trained", "weights, merged", "noise of draws / of minibatches")
+def merges(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Accuracies at the end of every training: of the merged model, of a draw, and of merges with another factor."""
     lines = []
     for row in rows:
-        last, merged = row["distances"][-1], {float(factor): value for factor, value in row["merged"].items()}
-        best = max(merged, key=lambda factor: merged[factor])
-        noise = row["noise"][-1]["up"]
+        by_factor = {float(factor): value for factor, value in row["merged"].items()}
+        best = max(by_factor, key=lambda factor: (by_factor[factor], -factor))
+        mixture = row["experts"] > 1
         lines.append(
-            (
-                str(row["experts"]),
-                f"{row['scale']:g}",
-                f"{merged[1.0]:.1f}",
-                f"{row['sampled']:.1f}" if row["experts"] > 1 else "",
-                f"{merged[float(row['experts'])]:.1f}" if row["experts"] > 1 else "",
-                f"{best:g}: {merged[best]:.1f}",
-                f"{last['l2_merged_frozen']:.2f}",
-                f"{last['l2_sampled_merged']:.2f}" if row["experts"] > 1 else "",
-                f"{last['trained']:.4f}",
-                f"{last['merged']:.4f}",
-                f"{noise['draws'] / noise['batches']:.2f}" if row["experts"] > 1 else "",
-            )
+            [
+                *(str(row["experts"]), f"{row['scale']:g}", f"{by_factor[1.0]:.1f}"),
+                f"{row['sampled']:.1f}" if mixture else "",
+                f"{by_factor[float(row['experts'])]:.1f}" if mixture else "",
+                f"{best:g}: {by_factor[best]:.1f}",
+            ]
+        )
+    return markdown_table(("E", "scale", "merged", "one draw", "sum of the experts", "best factor"), lines)
+
+
+def learning(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How far every training has moved the model, how far apart draws are, and how noisy gradients."""
+    columns = (
+        *("E", "scale", "moved, early", "half", "end", "draw to merged", "KL", "weights, trained", "merged"),
+        *("noise of draws", "in own steps"),
+    )
+    lines = []
+    for row in rows:
+        moved = [found["l2_merged_frozen"] for found in row["distances"]]
+        end, noise, mixture = row["distances"][-1], row["noise"][0], row["experts"] > 1
+        lines.append(
+            [
+                *(str(row["experts"]), f"{row['scale']:g}", *(f"{moved[place]:.2f}" for place in (0, -2, -1))),
+                f"{end['l2_sampled_merged']:.2f}" if mixture else "",
+                f"{end['kl_sampled_merged']:.4f}" if mixture else "",
+                *(f"{end['trained']:.4f}", f"{end['merged']:.4f}"),
+                *(f"{noise[k]['draws'] / noise[k]['batches']:.2f}" if mixture else "" for k in ("up", "active")),
+            ]
         )
     return markdown_table(columns, lines)
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The table, with what it is of."""
-    made = results["environment"]
-    what = f"Accuracies on {IMAGES:,} validation images, %; {made['device']}, torch {made['torch']}, {made['commit']}."
-    return "\n\n".join(["# Inside the mixture", what, table(results["runs"])]) + "\n"
+    """Both tables, with what they are of."""
+    made, rows = results["environment"], results["runs"]
+    accuracies = f"Accuracies in percent on {IMAGES:,} validation images, at the end of each training."
+    rest = f"""Moved: Euclidean distance of logits, from a model whose adapters add nothing, with the same head, to the
+merged one, after {PROBED[0]:.0%} of the steps, half and all of them. Draw to merged: the same distance, and KL, from a
+draw of experts to the merged model, at the end. Weights: root mean square of the up-projections, as they are trained,
+and merged. Noise of draws: variance of their gradient over draws of experts by that over minibatches of 16 images,
+after {NOISE_PROBED[0]:.1%} of the steps; then the same in those draws alone in which a weight learns."""
+    made_by = f"By `python -m benchmarks.mixture`: {made['device']}, torch {made['torch']}, {made['commit']}."
+    why = "What it tells: [docs/evidence.md](../../docs/evidence.md#why)."
+    parts = ["# Inside the mixture", why, accuracies, merges(rows), rest, learning(rows), made_by]
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:

@@ -183,7 +183,7 @@ def ownership(owner: Tensor, ids: Tensor, experts: int, dtype: torch.dtype) -> T
     ids: `[V]`, or `[V, rows]` where the rows of a weight have experts of their own.
     """
     ids = ids.view(*ids.shape, *[1] * (1 + owner.ndim - ids.ndim))
-    return torch.where(ids == MERGED, 1.0 / experts, (owner == ids).to(dtype)).to(dtype)
+    return (owner == ids).to(dtype).masked_fill_(ids == MERGED, 1.0 / experts)
 
 
 def expert_weight(weight: Tensor, init: Tensor | None, owner: Tensor | None, ids: Tensor, experts: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from tiny_vit import make_tiny_vit
 
 from benchmarks import mixture
-from benchmarks.mixture import Case, config_of, markdown, table
+from benchmarks.mixture import Case, config_of, learning, markdown, merges
 from benchmarks.mixture_probes import (
     balanced_draws,
     distances,
@@ -154,7 +154,10 @@ def test_the_command_makes_what_is_missing_and_a_table_and_a_plot(short, command
     assert [(row["experts"], row["scale"]) for row in results["runs"]] == [(1, 1.0), (2, 4.0)]
     assert [row["step"] for row in results["runs"][1]["distances"]] == [2, 5, 10, 20, 40]
     assert path.with_suffix(".md").read_text() == markdown(results)
-    assert len(table(results["runs"]).splitlines()) == 4
+    last = merges(results["runs"]).splitlines()[-1].split(" | ")
+    accuracies = results["runs"][1]["merged"]
+    assert [float(last[2]), float(last[4])] == [round(accuracies[factor], 1) for factor in ("1.0", "2.0")]
+    assert [len(line.split("|")) for line in learning(results["runs"]).splitlines()] == [13] * 4
 
     def again(*_):
         raise AssertionError("it is there")
