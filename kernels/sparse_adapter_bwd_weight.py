@@ -128,7 +128,8 @@ def sparse_adapter_bwd_weight_kernel(
     blocks_per_group = tl.cdiv(rows_per_group, SUMMED_ROWS)
 
     first = slice_index * segments_per_slice
-    for index in range(tl.minimum(segments_per_slice, groups * pieces - first)):
+    segments_here = tl.minimum(segments_per_slice, groups * pieces - first) if ACCUMULATE else 1
+    for index in range(segments_here):
         segment = first + index
         # The block's number and zero: a zero that the compiler takes for a new one in every segment. Else it would make
         # all tiles' addresses before the loop, and keep them in registers that the products need.

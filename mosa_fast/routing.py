@@ -7,6 +7,7 @@ checkpointing recomputes with them, and a captured CUDA graph only needs the ste
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mosa_fast.ops.philox import philox
+from mosa_fast.ops.prepare_weights import PreparedWeights
 
 # First words of the counter, one for each purpose, so that no two purposes draw the same numbers.
 _PASS, _STEP = 1, 2
@@ -39,11 +41,13 @@ class BlockRouting(NamedTuple):
         experts: int32 `[n, V, 2]`, for each of the block's n adapters in the order they run.
         seeds: int64 `[n, 2]`.
         fork: the block is given B samples and makes V * B of them.
+        prepared: for each adapter what kernels read of its weights; None where it prepares that by itself.
     """
 
     experts: Tensor
     seeds: Tensor
     fork: bool = False
+    prepared: Sequence[PreparedWeights] | None = None
 
 
 def step_seed(seed: int, step: int | Tensor, first_sample: int = 0, device: torch.device | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.machine_code.ahead_of_time import Launch, compile_launch, launches
+from benchmarks.machine_code.ahead_of_time import compile_launch, launches
 from benchmarks.machine_code.calls import adapter_call
 from benchmarks.machine_code.chips import Chip
 from benchmarks.machine_code.model import estimate
@@ -29,7 +29,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "autocast": {"dtype": torch.float32, "product_dtype": torch.bfloat16, "skip_dtype": torch.bfloat16},
 }
 KINDS["autocast fork"] = KINDS["autocast"] | {"fork": True}
-CAST = "cast of the skip's gradient"  # torch's kernel
 Row = dict[str, Any]
 
 
@@ -80,11 +79,6 @@ def rows_of(case: Case, chip: Chip) -> list[Row]:
     for launch in launched:
         compiled = compile_launch(launch, chip.architecture)
         rows.append(estimate(launch, compiled, traffic(call, launch), chip).row())
-    cast = _cast_bytes(call, launched)
-    if cast:
-        megabytes, us = round(cast / 1e6, 1), round((chip.launch + cast / chip.dram) * 1e6, 1)
-        missing = dict.fromkeys(rows[0]) | {"kernel": CAST, "us": us, "copy_us": 0.0, "planned_megabytes": 0.0}
-        rows.append(missing | {"dram_megabytes": megabytes, "dram_us": us, "bound": "DRAM"})
     layer, copy = (sum(row[name] for row in rows) for name in ("us", "copy_us"))
     shared = {
         "kind": case.kind,
@@ -95,15 +89,6 @@ def rows_of(case: Case, chip: Chip) -> list[Row]:
     }
     together = {"layer_us": round(layer, 1), "ratio_to_copy": round(layer / copy, 3), "triton": triton.__version__}
     return [shared | row | together for row in rows]
-
-
-def _cast_bytes(call: SparseAdapterCall, launched: list[Launch]) -> int:
-    """Bytes of a cast of the output's gradient to the skip's type, where no kernel writes the skip's gradient."""
-    if call.skip is None or call.skip.dtype == call.out_dtype:
-        return 0
-    if any(launch.arguments.get("grad_skip_ptr") is not None for launch in launched):
-        return 0
-    return call.out_rows * call.width * (call.out_dtype.itemsize + call.skip.dtype.itemsize)
 
 
 def _one_thread() -> None:

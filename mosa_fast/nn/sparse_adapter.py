@@ -11,7 +11,10 @@ from mosa_fast.config import MoSAConfig
 from mosa_fast.nn.mixture import MixtureLayer
 from mosa_fast.nn.projection import SparseProjection
 from mosa_fast.ops import sparse_adapter
-from mosa_fast.ops.call import describe
+from mosa_fast.ops.backends import resolve_backend
+from mosa_fast.ops.call import SparseAdapterCall, describe, product_dtype
+from mosa_fast.ops.prepare_weights import MasterWeights, PreparedWeights, prepare_weights
+from mosa_fast.ops.reference import MERGED
 from mosa_fast.routing import as_seed
 
 SCALE = DROPOUT = 0.1  # AdaptFormer's, since a layer that stands alone is an adapter beside a branch
@@ -152,6 +155,7 @@ class SparseAdapter(MixtureLayer):
         seed: Tensor | int | None = None,
         fork: bool = False,
         add_input: bool = True,
+        prepared: PreparedWeights | None = None,
     ) -> Tensor:
         """Apply the adapter.
 
@@ -164,6 +168,8 @@ class SparseAdapter(MixtureLayer):
             seed: of the dropout and of the draw: an int, or int64 `[1]` or `[2]` (`mosa_fast.routing`). None: fresh.
             fork: let each of the V groups read all of x.
             add_input: add x to the result.
+            prepared: what a model prepared of these weights for these experts, with those of its other layers
+                (`mosa_fast.ops.prepare_weights`); used where it is of the products' dtype.
         """
         if x.shape[-1] != self.down.weight.shape[1]:
             raise ValueError(f"x must be [N, ..., {self.down.weight.shape[1]}], got {describe(x)}")
@@ -171,22 +177,20 @@ class SparseAdapter(MixtureLayer):
         # Nothing is taken from torch's random state where nothing is random.
         random = dropout > 0 or (experts is None and self.draws_experts)
         key = as_seed(seed if random else 0, x.device)
-        down_init = self.down.init
-        if experts is None:
+        if prepared is not None and prepared.down.dtype != product_dtype(x):
+            prepared = None
+        if experts is not None:
+            weights = self.weights(self.down.init)
+        elif not self.draws_experts and self._kept.serves(sources := self.sources()):
+            weights, experts = self._kept.get(sources, "merged", self._merged_weights)
+            prepared = self._prepared_for_evaluation(x, sources)
+        else:
             own, down_init = self.own_experts(key, x.device)
-            experts = own[0]
+            weights, experts = self.weights(down_init), own[0]
         return sparse_adapter(
             x,
             skip,
-            None if norm is None else norm.weight,
-            None if norm is None else norm.bias,
-            self.down.weight,
-            self.down.bias_rows(),
-            self.up.weight,
-            self.up.bias_rows(),
-            down_init,
-            self.down.owner,
-            self.up.owner,
+            *weights,
             experts,
             activation=self.activation,
             scale=self.scale,
@@ -195,7 +199,52 @@ class SparseAdapter(MixtureLayer):
             add_input=add_input,
             fork=fork,
             eps=1.0 if norm is None else norm.eps,
+            prepared=prepared,
         )
+
+    def weights(self, down_init: Tensor | None) -> MasterWeights:
+        """The weights as the operator takes them. down_init: W0 of the down-projection, where the pass has it."""
+        norm_weight, norm_bias = (None, None) if self.norm is None else (self.norm.weight, self.norm.bias)
+        down, up = self.down, self.up
+        return MasterWeights(
+            norm_weight,
+            norm_bias,
+            down.weight,
+            down.bias_rows(),
+            up.weight,
+            up.bias_rows(),
+            down_init,
+            down.owner,
+            up.owner,
+        )
+
+    def sources(self) -> tuple[Tensor | None, ...]:
+        """All that evaluation's weights are made from: kernels multiply the norm's into them."""
+        norm = () if self.norm is None else (self.norm.weight, self.norm.bias)
+        return *super().sources(), *norm
+
+    def _merged_weights(self) -> tuple[MasterWeights, Tensor]:
+        """The weights of a dense adapter that computes what evaluation does, and the experts that it is called with."""
+        down_weight, down_bias, up_weight, up_bias = self.merged()
+        assert down_bias is not None
+        assert up_bias is not None
+        norm_weight, norm_bias = (None, None) if self.norm is None else (self.norm.weight, self.norm.bias)
+        experts = torch.full((1, 2), MERGED, dtype=torch.int32, device=down_weight.device)
+        merged = MasterWeights(norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, None, None, None)
+        return merged, experts
+
+    def _prepared_for_evaluation(self, x: Tensor, sources: tuple[Tensor | None, ...]) -> PreparedWeights | None:
+        """What kernels read of the merged weights; None for the reference."""
+        backend = resolve_backend(x.device, x.dtype, SparseAdapterCall.NAME)
+        if backend == "reference":
+            return None
+        dtype = product_dtype(x)
+
+        def prepare() -> PreparedWeights:
+            weights, experts = self._kept.get(sources, "merged", self._merged_weights)
+            return prepare_weights([weights], experts[None], dtype, backend)[0]
+
+        return self._kept.get(sources, (backend, dtype), prepare)
 
     @property
     def merged_parameters(self) -> int:

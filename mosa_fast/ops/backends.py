@@ -14,8 +14,11 @@ import torch
 from mosa_fast.ops import extension
 
 BACKENDS = ("reference", "triton", "cuda")
-# The operators that a backend has kernels for; the reference serves all.
-KERNELS = {"triton": ("sparse_adapter", "sparse_lora", "adapter_bank"), "cuda": ("sparse_adapter",)}
+# The operators that a backend has kernels for; the reference serves all, and prepares no weights.
+KERNELS = {
+    "triton": ("sparse_adapter", "prepare_weights", "sparse_lora", "adapter_bank"),
+    "cuda": ("sparse_adapter", "prepare_weights"),
+}
 ENVIRONMENT_VARIABLE = "MOSA_FAST_BACKEND"
 LEAST_CAPABILITY = (8, 0)  # Ampere: bfloat16 tensor cores and asynchronous copies
 
