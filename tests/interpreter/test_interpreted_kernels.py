@@ -63,6 +63,20 @@ def test_autocast_rounds_the_products_only(skip_dtype):
     compare(ours, eager, oracle, torch.float16)
 
 
+@pytest.mark.parametrize("autocast", [None, torch.float16], ids=str)
+def test_a_narrower_skip_gets_its_gradient_without_a_cast(autocast):
+    """Beside a float32 stream the kernel towards x writes it: no other kernel reads the output's gradient for it."""
+    arguments = make(Case("stream", skip_dtype=torch.float16), torch.float32, "cpu")
+    x, skip = arguments["x"].requires_grad_(), arguments["skip"].requires_grad_()
+    with backend("triton"), torch.autocast("cpu", autocast, enabled=autocast is not None):
+        out = sparse_adapter(**arguments)
+    grad = torch.randn_like(out)
+    with torch.profiler.profile() as profile:
+        _, grad_skip = torch.autograd.grad(out, [x, skip], grad)
+    assert torch.equal(grad_skip, grad.half())
+    assert not {"aten::to", "aten::_to_copy"} & {event.name for event in profile.events()}
+
+
 def test_non_contiguous_and_expanded_inputs():
     arguments = make(Case("strided"), torch.float32, "cpu")
     strided = dict(arguments)
