@@ -6,14 +6,13 @@ one, and how noisy the gradient is over draws and over minibatches (`benchmarks.
 accuracy on validation images of the merged model, of sampled ones, and of merges with other factors. Test images are
 not read. Runs that `--out` holds are not made again.
 
-It writes results/mixture.json, with a table and a plot beside it; docs/evidence.md, Why, says what they tell.
+It writes results/mixture.json, with tables and a plot beside it. What they tell: docs/evidence.md, Why.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -167,7 +166,8 @@ def learning(rows: Sequence[Mapping[str, Any]]) -> str:
         end, noise, mixture = row["distances"][-1], row["noise"][0], row["experts"] > 1
         lines.append(
             [
-                *(str(row["experts"]), f"{row['scale']:g}", *(f"{moved[place]:.2f}" for place in (0, -2, -1))),
+                *(str(row["experts"]), f"{row['scale']:g}"),
+                *(f"{moved[0]:.3f}", f"{moved[-2]:.2f}", f"{moved[-1]:.2f}"),
                 f"{end['l2_sampled_merged']:.2f}" if mixture else "",
                 f"{end['kl_sampled_merged']:.4f}" if mixture else "",
                 *(f"{end['trained']:.4f}", f"{end['merged']:.4f}"),
@@ -179,7 +179,7 @@ def learning(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def markdown(results: Mapping[str, Any]) -> str:
     """Both tables, with what they are of."""
-    made, rows = results["environment"], results["runs"]
+    made, rows = results["environment"], sorted(results["runs"], key=lambda row: (row["experts"], row["scale"]))
     accuracies = f"Accuracies in percent on {IMAGES:,} validation images, at the end of each training."
     rest = f"""Moved: Euclidean distance of logits, from a model whose adapters add nothing, with the same head, to the
 merged one, after {PROBED[0]:.0%} of the steps, half and all of them. Draw to merged: the same distance, and KL, from a
@@ -198,8 +198,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="of the trainings (1)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the results go (.json)")
     arguments, options = parser.parse_known_args()  # the others are a run's, as --data.root
-    set_fused_attn(False)  # with 64 tokens, plain attention is faster on a CPU
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    set_fused_attn(False)  # as benchmarks/evidence.sh has it
+    torch.set_num_threads(1)
     results = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.is_file() else {"runs": []}
     for case in (case._replace(seed=seed) for seed in arguments.seeds for case in CASES):
         if not any(case._asdict().items() <= row.items() for row in results["runs"]):

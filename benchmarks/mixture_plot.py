@@ -34,6 +34,10 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     moved.set(xlabel="step", ylabel="L2 of logits, merged from frozen", xscale="log", yscale="log")
     apart.set(xlabel="step", ylabel="KL of a draw from the merged model", xscale="log", yscale="log")
     factors.set(xlabel="factor on the merged update", ylabel="validation accuracy, %", xscale="log")
+    for axis in (moved, apart, factors):
+        places = sorted({x for line in axis.get_lines() for x in line.get_xdata()})
+        axis.set_xticks(places, [f"{x:g}" for x in places])
+        axis.minorticks_off()
     factors.axvline(1, color="black", linewidth=0.8)
     factors.legend(fontsize="small")
     figure.savefig(path, dpi=DPI)

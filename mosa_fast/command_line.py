@@ -143,7 +143,7 @@ def read_run(folder: RunFolder) -> tuple[TrainConfig, list[str]]:
     for file in (folder.config, folder.classes):
         if not file.is_file():
             raise ValueError(f"{folder} is not the folder of a run: it has no {file.name}")
-    load_recipe(folder.config)
+    load_recipe(folder.config)  # its errors are ValueErrors that name the file
     return parse_options(["--config", str(folder.config)], "train", ""), folder.read_classes()
 
 

@@ -65,7 +65,8 @@ class Records:
             return
         own = {"commit": run.made_by(), DIGEST: run.digest()}
         known = [record for record in self._known.get(_key(run.labels), []) if record.get(run.result) is not None]
-        if any({**own, **record}.items() >= own.items() for record in known):
+        # A line of before there were digests is told by its commit.
+        if any(all(record.get(name, value) == value for name, value in own.items()) for record in known):
             return
         record = {**run.labels, **own, **{name: summary[name] for name in KEPT if name in summary}}
         self._known.setdefault(_key(run.labels), []).append(record)

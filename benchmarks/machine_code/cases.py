@@ -13,10 +13,11 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.machine_code.ahead_of_time import Launch, compile_launch, launches
+from benchmarks.machine_code.ahead_of_time import Launch, compile_launch, launches, preparing
 from benchmarks.machine_code.calls import adapter_call
 from benchmarks.machine_code.chips import Chip
 from benchmarks.machine_code.model import estimate
+from benchmarks.machine_code.step import DEPTH
 from benchmarks.machine_code.traffic import traffic
 from mosa_fast.ops.call import SparseAdapterCall
 
@@ -73,19 +74,25 @@ def count(cases: Iterable[Case], chips: Iterable[Chip], workers: int | None = No
 
 
 def rows_of(case: Case, chip: Chip) -> list[Row]:
-    """A case's rows on a chip; `ratio_to_copy` and `layer_us` are of forward and backward together."""
+    """A case's rows on a chip.
+
+    `layers` is how many layers a launch is for; `layer_us` and `ratio_to_copy` are of one layer's forward and backward
+    together, with its part of the launches for all of them.
+    """
     call = case.call()
-    launched = launches(call, chip.architecture, chip.multiprocessors)
+    of_layer = launches(call, chip.architecture, chip.multiprocessors)
+    of_model = preparing(call, DEPTH, chip.architecture)
     rows: list[Row] = []
-    for launch in launched:
+    for launch in (*of_model, *of_layer):
         compiled = compile_launch(launch, chip.architecture)
-        rows.append(estimate(launch, compiled, traffic(call, launch), chip).row())
-    cast = _cast_bytes(call, launched)
+        layers = DEPTH if launch in of_model else 1
+        rows.append(estimate(launch, compiled, traffic(call, launch), chip).row() | {"layers": layers})
+    cast = _cast_bytes(call, of_layer)
     if cast:
         megabytes, us = round(cast / 1e6, 1), round((chip.launch + cast / chip.dram) * 1e6, 1)
-        missing = dict.fromkeys(rows[0]) | {"kernel": CAST, "us": us, "copy_us": 0.0, "planned_megabytes": 0.0}
-        rows.append(missing | {"dram_megabytes": megabytes, "dram_us": us, "bound": "DRAM"})
-    layer, copy = (sum(row[name] for row in rows) for name in ("us", "copy_us"))
+        missing = dict.fromkeys(rows[0]) | {"kernel": CAST, "layers": 1, "us": us, "copy_us": 0.0}
+        rows.append(missing | {"planned_megabytes": 0.0, "dram_megabytes": megabytes, "dram_us": us, "bound": "DRAM"})
+    layer, copy = sum(row["us"] / row["layers"] for row in rows), sum(row["copy_us"] for row in rows)
     shared = {
         "kind": case.kind,
         "architecture": chip.architecture,
