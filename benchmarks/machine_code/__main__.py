@@ -125,15 +125,15 @@ def _layer(rows: list[files.Row]) -> str:
     """A call's kernels, to read while others are compiled."""
     lines = ["{kind}, {architecture}, D = {width}, r = {bottleneck}, M = {rows}".format(**rows[0])]
     for row in rows:
-        line = "  {kernel:34}{us:7.1f} us, copy {copy_us:5.1f}".format(**row)
-        if row["instructions"] is not None:
-            line += (
-                "  DRAM {dram_us:6.1f}  L2 {l2_us:6.1f}  issue {issue_us:6.1f}  exposed {exposed_us:5.1f}  {bound:5}"
+        lines.append(
+            (
+                "  {kernel:34}{us:7.1f} us, copy {copy_us:5.1f}  DRAM {dram_us:6.1f}  L2 {l2_us:6.1f}  "
+                "issue {issue_us:6.1f}  exposed {exposed_us:5.1f}  {bound:5}"
                 "{instructions:7} = {outside_loops} + {loops} x {trips}  {registers} registers  {shared_bytes} B  "
                 "{spill_bytes} spilt  {programs} programs, {programs_a_multiprocessor} at once, {waves} waves  "
                 "L2 {l2_megabytes} MB, kept {kept_in_l2}"
             ).format(**row)
-        lines.append(line)
+        )
     lines.append("  together {layer_us} us, {ratio_to_copy} times the copy".format(**rows[0]))
     return "\n".join(lines)
 

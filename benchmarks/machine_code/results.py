@@ -59,8 +59,6 @@ def compare(new: Iterable[Row], old: Iterable[Row]) -> tuple[list[str], bool]:
     for row in new:
         past = before.get(tuple(row[field] for field in KEY))
         name = " ".join(str(row[field]) for field in KEY)
-        if row["issued_millions"] is None:
-            continue
         if past is None:
             lines.append(f"{name}: new")
         elif past["triton"] != row["triton"]:
@@ -147,9 +145,7 @@ def markdown(results: dict[str, Any]) -> str:
 def _cells(row: Row) -> list[str]:
     times = [row[name] for name in ("us", "copy_us", "issue_us", "exposed_us", "l2_us", "dram_us")]
     kernel = row["kernel"] if row["layers"] == 1 else f"{row['kernel']}, for {row['layers']} layers"
-    cells = [kernel, *("" if time is None else f"{time:.1f}" for time in times), row["bound"]]
-    if row["instructions"] is None:
-        return cells + [""] * 7
+    cells = [kernel, *(f"{time:.1f}" for time in times), row["bound"]]
     counts = [f"{row['instructions']:,}", str(row["registers"]), f"{row['shared_bytes'] / 1024:.0f}"]
     counts += [str(row["spill_bytes"]), f"{row['programs']:,}", str(row["programs_a_multiprocessor"])]
     return [*cells, *counts, f"{row['waves']:g}"]

@@ -15,9 +15,9 @@ KERNELS = ["sparse_adapter_fwd_kernel", "sparse_adapter_bwd_input_kernel", "spar
 def test_every_launch_is_timed_beside_the_model():
     model = {("plain", 10, KERNELS[0]): {"us": 7.0, "bound": "L2"}}
     rows = gpu_kernels.time_kernels(SPEC, "plain", CPU, model)
-    assert [row["kernel"] for row in rows[:3]] == KERNELS
+    assert [row["kernel"] for row in rows if row["kernel"] in KERNELS] == KERNELS
     assert all(0 < row["low"] <= row["us"] <= row["high"] for row in rows)
-    assert [row["model_us"] for row in rows] == [7.0, *[None] * (len(rows) - 1)]
+    assert {row["kernel"]: row["model_us"] for row in rows if row["model_us"] is not None} == {KERNELS[0]: 7.0}
 
 
 def test_a_tile_that_does_not_compile_does_not_stop_the_others():
