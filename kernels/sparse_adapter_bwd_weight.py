@@ -9,17 +9,31 @@ With h, t and y from sparse_adapter_bwd_input.py, x^ = (x - mean) rstd (x itself
     db_up[u] = scale * sum y,   db_down[d] = sum t          [D], [r]
 
 so the norm's gradients too come from Q, and x and y are read once. [owned] is 1 where the expert owns the weight (1 / E
-everywhere for merged), 0 elsewhere: the zeros are written by the kernel.
+everywhere for merged), 0 elsewhere: the zeros are written by the kernel. sum y and sum t come from the kernel towards
+the input, as sums over its blocks of rows.
+
+x that is in the products' dtype (16 bits) is multiplied as it lies in memory, so that no load passes through registers
+and all are asynchronous copies: with t' = rstd t and c = sum of t' mean over the rows, both from the kernel towards the
+input,
+
+    Q = t'^T x - c 1^T
+
+which is exact but for float32 sums: t' is the rounded one in both terms, and products of 16-bit numbers are exact in
+float32. Over n rows the terms that cancel are about sqrt(n) |t'| |mean|, what is left about sqrt(n) |t'| / rstd: the
+relative error is at most about n / 16 times 2^-23 |mean| rstd (tensor cores add 16 rows at a time and may cut off where
+they should round), that is 2^-9, one rounding to bfloat16, at n = 2,304 and a mean of 100 standard deviations. x in
+float32 would be rounded first: there x^ is made in float32, then rounded, and multiplied with t.
 
 Stage 1: the tokens are cut into segments, each inside one group; a program owns some consecutive segments and a block
 of columns, keeps y^T h and Q for one segment in registers, and adds what its group owns to its own slice of `partial`,
-so memory does not grow with V. Stage 2 sums the slices in a fixed order (reductions.py), and for the biases the sums of
-y and t of the segments. No atomics: equal input gives equal bits.
+so memory does not grow with V. Stage 2 sums the slices in a fixed order (reductions.py). No atomics: equal input gives
+equal bits.
 
 Bytes, for M rows, s bytes an element, S slices: read y: M D s, x: M D s, h and t: 2 M r s (again from the L2 cache by
-every column block); write and read `partial`: 2 * S * (2 D r + 2 D) * 4. S is chosen so that one wave of programs
-fills the chip: S * D / BLOCK_COLUMNS programs, that is about 16 * multiprocessors * BLOCK_COLUMNS * r bytes of partial
-sums however many tokens there are (17 MB written and read on 132 multiprocessors at r = 64, BLOCK_COLUMNS = 128).
+every column block), sums over blocks of B rows: 4 (D + 2 r) M / B; write and read `partial`:
+2 * S * (2 D r + 2 D + E (D + r)) * 4. S is chosen so that one wave of programs fills the chip: S * D / BLOCK_COLUMNS
+programs, that is about 16 * multiprocessors * BLOCK_COLUMNS * r bytes of partial sums however many tokens there are
+(17 MB written and read on 132 multiprocessors at r = 64, BLOCK_COLUMNS = 128).
 """
 
 from __future__ import annotations
@@ -28,6 +42,25 @@ import triton
 import triton.language as tl
 
 from mosa_fast.kernels.device_functions import load_tile, mask_if, ownership, weight_tile
+from mosa_fast.kernels.reductions import sum_rows
+
+BLOCKS_AT_ONCE = tl.constexpr(16)  # of sums over blocks of rows
+
+
+@triton.jit
+def _add_bias(
+    bias_pointers, sums, valid, later, expert_ptr, stride,
+    EXPERTS: tl.constexpr, SPLIT: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """Add what each expert owns of a bias's gradient to its row of a slice, stored first and added to later."""
+    for expert in range(EXPERTS):
+        owned = sums
+        if SPLIT:
+            owned = sums * ownership(tl.full((1,), expert, tl.int32), tl.load(expert_ptr), 1.0 / EXPERTS)
+        if ACCUMULATE:
+            owned += tl.load(bias_pointers, mask=mask_if(valid, later), other=0.0)
+        tl.store(bias_pointers, owned, mask=valid)
+        bias_pointers += stride
 
 
 @triton.jit(do_not_specialize=["rows_per_group", "groups", "pieces", "piece_rows", "segments_per_slice"])
@@ -45,9 +78,9 @@ def sparse_adapter_bwd_weight_kernel(
     up_owner_ptr,
     experts_ptr,
     scale_tensor_ptr,
+    grad_sums_ptr,
+    rank_sums_ptr,
     partial_ptr,
-    up_sums_ptr,
-    down_sums_ptr,
     rows_per_group,
     groups,
     pieces,
@@ -58,7 +91,11 @@ def sparse_adapter_bwd_weight_kernel(
     BOTTLENECK: tl.constexpr,
     DOWN_EXPERTS: tl.constexpr,
     UP_EXPERTS: tl.constexpr,
+    DOWN_SPLIT: tl.constexpr,
+    UP_SPLIT: tl.constexpr,
+    SUMMED_ROWS: tl.constexpr,
     FORK: tl.constexpr,
+    RAW_INPUT: tl.constexpr,
     PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr,
     ACCUMULATE: tl.constexpr,
@@ -69,32 +106,41 @@ def sparse_adapter_bwd_weight_kernel(
     """One program: one slice and BLOCK_COLUMNS columns, BLOCK_ROWS tokens at a time.
 
     Segment i is piece i % pieces, of piece_rows rows, of group i // pieces. ACCUMULATE: a slice may have several.
-    partial: float32 `[S, 2 D r + 2 D]`: dU, dW, and with a norm dg, db. up_sums: float32 `[segments, D]`, sum y.
-    down_sums: float32 `[segments, r]`, sum t.
+    grad_sums, rank_sums: float32 `[B, D]` and `[B, 2, r]`, sums over each block of SUMMED_ROWS rows of a group (a piece
+    is a whole number of them): of y; of t and of t' mean. RAW_INPUT: grad_pre is t', and x is multiplied as it is.
+    partial: float32 `[S, 2 D r + 2 D + E (D + r)]`: dU, dW, with a norm dg and db, then db_up and db_down.
     """
     COLUMN_BLOCKS: tl.constexpr = triton.cdiv(WIDTH, BLOCK_COLUMNS)
     EVEN_COLUMNS: tl.constexpr = WIDTH % BLOCK_COLUMNS == 0
     EVEN_WEIGHTS: tl.constexpr = EVEN_COLUMNS and BOTTLENECK == BLOCK_BOTTLENECK
-    PARTIAL: tl.constexpr = 2 * WIDTH * BOTTLENECK + (2 * WIDTH if norm_weight_ptr is not None else 0)
+    NORM_WEIGHTS: tl.constexpr = 2 * WIDTH if norm_weight_ptr is not None else 0
+    BIASES: tl.constexpr = UP_EXPERTS * WIDTH + DOWN_EXPERTS * BOTTLENECK
+    PARTIAL: tl.constexpr = 2 * WIDTH * BOTTLENECK + NORM_WEIGHTS + BIASES
     slice_index = tl.program_id(0) // COLUMN_BLOCKS
     column_block = tl.program_id(0) % COLUMN_BLOCKS
-    columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    column_valid = columns < WIDTH
-    ranks = tl.arange(0, BLOCK_BOTTLENECK)
-    rank_valid = ranks < BOTTLENECK
     if scale_tensor_ptr is not None:
         scale = tl.load(scale_tensor_ptr).to(tl.float32)
-    up_offsets = columns[:, None] * BOTTLENECK + ranks[None, :]
-    up_valid = column_valid[:, None] & rank_valid[None, :]
-    down_offsets = ranks[:, None] * WIDTH + columns[None, :]
-    down_valid = rank_valid[:, None] & column_valid[None, :]
     up_partial = partial_ptr + slice_index.to(tl.int64) * PARTIAL
     down_partial = up_partial + WIDTH * BOTTLENECK
     norm_partial = up_partial + 2 * WIDTH * BOTTLENECK
+    up_bias_partial = norm_partial + NORM_WEIGHTS
+    down_bias_partial = up_bias_partial + UP_EXPERTS * WIDTH
+    blocks_per_group = tl.cdiv(rows_per_group, SUMMED_ROWS)
 
     first = slice_index * segments_per_slice
-    for index in range(tl.minimum(segments_per_slice, groups * pieces - first)):
+    segments_here = tl.minimum(segments_per_slice, groups * pieces - first) if ACCUMULATE else 1
+    for index in range(segments_here):
         segment = first + index
+        # The block's number and zero: a zero that the compiler takes for a new one in every segment. Else it would make
+        # all tiles' addresses before the loop, and keep them in registers that the products need.
+        columns = (column_block + segment // (groups * pieces)) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+        column_valid = columns < WIDTH
+        ranks = tl.arange(0, BLOCK_BOTTLENECK)
+        rank_valid = ranks < BOTTLENECK
+        up_offsets = columns[:, None] * BOTTLENECK + ranks[None, :]
+        up_valid = column_valid[:, None] & rank_valid[None, :]
+        down_offsets = ranks[:, None] * WIDTH + columns[None, :]
+        down_valid = rank_valid[:, None] & column_valid[None, :]
         group = segment // pieces
         start_row = (segment % pieces) * piece_rows
         end_row = tl.minimum(start_row + piece_rows, rows_per_group)
@@ -103,43 +149,46 @@ def sparse_adapter_bwd_weight_kernel(
 
         up = tl.zeros([BLOCK_COLUMNS, BLOCK_BOTTLENECK], tl.float32)  # y^T h
         down = tl.zeros([BLOCK_COLUMNS, BLOCK_BOTTLENECK], tl.float32)  # Q^T
-        # Summed over rows only once a segment: element by element in the loop, across threads after it.
-        up_sums = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
-        down_sums = tl.zeros([BLOCK_ROWS, BLOCK_BOTTLENECK], tl.float32)
         for block_row in range(start_row, end_row, BLOCK_ROWS):
             rows = block_row + tl.arange(0, BLOCK_ROWS)
             row_valid = rows < end_row
-            # Rows past the end are zero in y, h and t; of x they repeat a row that is there, for h and t to cancel.
-            tile_valid = row_valid[:, None] & column_valid[None, :]
-            out_rows = out_start + rows
-            in_rows = in_start + tl.minimum(rows, end_row - 1)
-            grad = tl.load(grad_out_ptr + out_rows[:, None] * WIDTH + columns[None, :], mask=tile_valid, other=0.0)
+            # Rows past the end are zero in h and t; of y and x they repeat a row that is there, for those to cancel.
+            inside = tl.minimum(rows, end_row - 1)
+            in_rows = in_start + inside
+            grad_tile = grad_out_ptr + (out_start + inside)[:, None] * WIDTH + columns[None, :]
+            grad = load_tile(grad_tile, column_valid[None, :], EVEN_COLUMNS)
             x_tile = x_ptr + in_rows[:, None] * WIDTH + columns[None, :]
             x = load_tile(x_tile, column_valid[None, :], EVEN_COLUMNS)
-            if norm_weight_ptr is not None:
+            if norm_weight_ptr is not None and not RAW_INPUT:
                 mean = tl.load(stats_ptr + in_rows * 2)
                 rstd = tl.load(stats_ptr + in_rows * 2 + 1)
                 x = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
-            rank_tile = out_rows[:, None] * BOTTLENECK + ranks[None, :]
+            rank_tile = (out_start + rows)[:, None] * BOTTLENECK + ranks[None, :]
             rank_tile_valid = row_valid[:, None] & rank_valid[None, :]
             hidden = tl.load(hidden_ptr + rank_tile, mask=rank_tile_valid, other=0.0)
             grad_pre = tl.load(grad_pre_ptr + rank_tile, mask=rank_tile_valid, other=0.0)
             up = tl.dot(tl.trans(grad.to(PRODUCT)), hidden, up, input_precision=PRECISION)
             down = tl.dot(tl.trans(x.to(PRODUCT)), grad_pre, down, input_precision=PRECISION)
-            up_sums += grad.to(tl.float32)
-            down_sums += grad_pre.to(tl.float32)
 
-        grad_bias = tl.sum(down_sums, axis=0)  # sum t
-        segment_row = segment.to(tl.int64)
-        tl.store(up_sums_ptr + segment_row * WIDTH + columns, tl.sum(up_sums, axis=0), mask=column_valid)
-        tl.store(
-            down_sums_ptr + segment_row * BOTTLENECK + ranks, grad_bias, mask=mask_if(rank_valid, column_block == 0)
-        )
+        first_block = group * blocks_per_group + start_row // SUMMED_ROWS
+        last_block = group * blocks_per_group + tl.cdiv(end_row, SUMMED_ROWS)
+        grad_sums = sum_rows(grad_sums_ptr, first_block, last_block, columns, column_valid, WIDTH, BLOCKS_AT_ONCE)
+        grad_bias = sum_rows(
+            rank_sums_ptr, first_block, last_block, ranks, rank_valid, 2 * BOTTLENECK, BLOCKS_AT_ONCE
+        )  # sum t
 
         # What this segment's group owns of its products goes to the slice: stored first, added to later.
         later = index > 0
         if ACCUMULATE:
             tl.debug_barrier()  # what another thread stored for the segment before is read below
+        _add_bias(
+            up_bias_partial + columns, grad_sums * scale, column_valid, later,
+            experts_ptr + 2 * group + 1, WIDTH, UP_EXPERTS, UP_SPLIT, ACCUMULATE,
+        )  # fmt: skip
+        _add_bias(
+            down_bias_partial + ranks, grad_bias, mask_if(rank_valid, column_block == 0), later,
+            experts_ptr + 2 * group, BOTTLENECK, DOWN_EXPERTS, DOWN_SPLIT, ACCUMULATE,
+        )  # fmt: skip
         up *= scale
         if up_owner_ptr is not None:
             owner = load_tile(up_owner_ptr + up_offsets, up_valid, EVEN_WEIGHTS)
@@ -149,6 +198,11 @@ def sparse_adapter_bwd_weight_kernel(
         tl.store(up_partial + up_offsets, up, mask=up_valid)
 
         product = tl.trans(down)  # Q
+        if RAW_INPUT:
+            mean_sums = sum_rows(
+                rank_sums_ptr + BOTTLENECK, first_block, last_block, ranks, rank_valid, 2 * BOTTLENECK, BLOCKS_AT_ONCE
+            )
+            product -= mean_sums[:, None]
         down_expert = tl.load(experts_ptr + 2 * group)
         if norm_weight_ptr is not None:
             norm_weight = tl.load(norm_weight_ptr + columns, mask=column_valid, other=0.0).to(tl.float32)
@@ -178,64 +232,3 @@ def sparse_adapter_bwd_weight_kernel(
         if ACCUMULATE:
             product += tl.load(down_partial + down_offsets, mask=mask_if(down_valid, later), other=0.0)
         tl.store(down_partial + down_offsets, product, mask=down_valid)
-
-
-@triton.jit
-def _bias_rows(
-    sums_ptr, expert_ids_ptr, grad_bias_ptr, block, segments, pieces, scale,
-    COLUMNS: tl.constexpr, EXPERTS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Gradient `[E, COLUMNS]` of a bias, for a block of columns, from the segments' sums."""
-    EXPERTS_PADDED: tl.constexpr = triton.next_power_of_2(EXPERTS)
-    columns = block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    experts = tl.arange(0, EXPERTS_PADDED)
-    total = tl.zeros([EXPERTS_PADDED, BLOCK_COLUMNS], tl.float32)
-    for segment in range(segments):
-        sums = tl.load(sums_ptr + columns, mask=columns < COLUMNS, other=0.0)
-        sums_ptr += COLUMNS
-        if SPLIT:
-            owned = ownership(experts, tl.load(expert_ids_ptr + 2 * (segment // pieces)), 1.0 / EXPERTS)
-            total += owned[:, None] * sums[None, :]
-        else:
-            total += sums[None, :]
-    tile = experts[:, None] * COLUMNS + columns[None, :]
-    tl.store(grad_bias_ptr + tile, total * scale, mask=(experts < EXPERTS)[:, None] & (columns < COLUMNS)[None, :])
-
-
-@triton.jit(do_not_specialize=["segments", "pieces"])
-def sum_segments_kernel(
-    up_sums_ptr,
-    down_sums_ptr,
-    experts_ptr,
-    scale_tensor_ptr,
-    grad_up_bias_ptr,
-    grad_down_bias_ptr,
-    segments,
-    pieces,
-    scale,
-    WIDTH: tl.constexpr,
-    BOTTLENECK: tl.constexpr,
-    DOWN_EXPERTS: tl.constexpr,
-    UP_EXPERTS: tl.constexpr,
-    UP_SPLIT: tl.constexpr,
-    DOWN_SPLIT: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    """Stage 2 of the biases: programs for blocks of D, then of r.
-
-    grad_up_bias: `[E, D]`, grad_down_bias: `[E, r]`. Reads segments * (D + r) * 4 bytes.
-    """
-    UP_BLOCKS: tl.constexpr = triton.cdiv(WIDTH, BLOCK_COLUMNS)
-    block = tl.program_id(0)
-    if scale_tensor_ptr is not None:
-        scale = tl.load(scale_tensor_ptr).to(tl.float32)
-    if block < UP_BLOCKS:
-        _bias_rows(
-            up_sums_ptr, experts_ptr + 1, grad_up_bias_ptr, block, segments, pieces, scale,
-            WIDTH, UP_EXPERTS, UP_SPLIT, BLOCK_COLUMNS,
-        )  # fmt: skip
-    else:
-        _bias_rows(
-            down_sums_ptr, experts_ptr, grad_down_bias_ptr, block - UP_BLOCKS, segments, pieces, 1.0,
-            BOTTLENECK, DOWN_EXPERTS, DOWN_SPLIT, BLOCK_COLUMNS,
-        )  # fmt: skip

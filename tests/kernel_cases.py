@@ -146,6 +146,7 @@ CASES = [
     Case("255_experts", experts=255, bottleneck=8, groups=((254, 17), (-1, -1))),
     Case("feature_maps", shape=(2, 3)),
     Case("far_from_zero", offset=30.0),
+    Case("a_mean_of_200_standard_deviations", offset=200.0, tokens=40, width=64),
     Case("several_segments_a_slice", samples=12, tokens=3, groups=((0, 1), (1, 2), (2, 0), (-1, 1), (0, -1), (1, 0))),
     Case(
         "more_groups_than_experts_and_ids_out_of_range",

@@ -97,6 +97,7 @@ def main() -> None:
     if options.write:
         files.write(results)
         publish(results, files.RESULTS, files.markdown(results), PLOTS)
+        print(f"For the README:\n{files.readme_table(results)}")
     if old is not None:
         lines, grown = files.compare(rows, old["rows"])
         print("\n".join(lines))

@@ -121,8 +121,10 @@ def launches(c: Call, architecture: str, multiprocessors: int = MULTIPROCESSORS)
         gradients = {
             name: torch.empty_like(value)
             for name, value in c.tensors().items()
-            if value is not None and c.TENSORS[name].gradient is not None and (name != c.ONLY_ADDED or c.fork)
+            if value is not None and c.TENSORS[name].gradient is not None
         }
+        if c.ONLY_ADDED in gradients and gradients[c.ONLY_ADDED].dtype == out.dtype and not c.fork:
+            del gradients[c.ONLY_ADDED]  # the output's gradient is its own
         launchers.backward(c, out, saved, gradients)
     return recorded
 

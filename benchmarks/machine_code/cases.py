@@ -13,10 +13,11 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.machine_code.ahead_of_time import Launch, compile_launch, launches
+from benchmarks.machine_code.ahead_of_time import compile_launch, launches, preparing
 from benchmarks.machine_code.calls import adapter_call
 from benchmarks.machine_code.chips import Chip
 from benchmarks.machine_code.model import estimate
+from benchmarks.machine_code.step import DEPTH
 from benchmarks.machine_code.traffic import traffic
 from mosa_fast.ops.call import SparseAdapterCall
 
@@ -29,7 +30,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "autocast": {"dtype": torch.float32, "product_dtype": torch.bfloat16, "skip_dtype": torch.bfloat16},
 }
 KINDS["autocast fork"] = KINDS["autocast"] | {"fork": True}
-CAST = "cast of the skip's gradient"  # torch's kernel
 Row = dict[str, Any]
 
 
@@ -73,19 +73,20 @@ def count(cases: Iterable[Case], chips: Iterable[Chip], workers: int | None = No
 
 
 def rows_of(case: Case, chip: Chip) -> list[Row]:
-    """A case's rows on a chip; `ratio_to_copy` and `layer_us` are of forward and backward together."""
+    """A case's rows on a chip.
+
+    `layers` is how many layers a launch is for; `layer_us` and `ratio_to_copy` are of one layer's forward and backward
+    together, with its part of the launches for all of them.
+    """
     call = case.call()
-    launched = launches(call, chip.architecture, chip.multiprocessors)
+    of_layer = launches(call, chip.architecture, chip.multiprocessors)
+    of_model = preparing(call, DEPTH, chip.architecture)
     rows: list[Row] = []
-    for launch in launched:
+    for launch in (*of_model, *of_layer):
         compiled = compile_launch(launch, chip.architecture)
-        rows.append(estimate(launch, compiled, traffic(call, launch), chip).row())
-    cast = _cast_bytes(call, launched)
-    if cast:
-        megabytes, us = round(cast / 1e6, 1), round((chip.launch + cast / chip.dram) * 1e6, 1)
-        missing = dict.fromkeys(rows[0]) | {"kernel": CAST, "us": us, "copy_us": 0.0, "planned_megabytes": 0.0}
-        rows.append(missing | {"dram_megabytes": megabytes, "dram_us": us, "bound": "DRAM"})
-    layer, copy = (sum(row[name] for row in rows) for name in ("us", "copy_us"))
+        layers = DEPTH if launch in of_model else 1
+        rows.append(estimate(launch, compiled, traffic(call, launch), chip).row() | {"layers": layers})
+    layer, copy = sum(row["us"] / row["layers"] for row in rows), sum(row["copy_us"] for row in rows)
     shared = {
         "kind": case.kind,
         "architecture": chip.architecture,
@@ -95,15 +96,6 @@ def rows_of(case: Case, chip: Chip) -> list[Row]:
     }
     together = {"layer_us": round(layer, 1), "ratio_to_copy": round(layer / copy, 3), "triton": triton.__version__}
     return [shared | row | together for row in rows]
-
-
-def _cast_bytes(call: SparseAdapterCall, launched: list[Launch]) -> int:
-    """Bytes of a cast of the output's gradient to the skip's type, where no kernel writes the skip's gradient."""
-    if call.skip is None or call.skip.dtype == call.out_dtype:
-        return 0
-    if any(launch.arguments.get("grad_skip_ptr") is not None for launch in launched):
-        return 0
-    return call.out_rows * call.width * (call.out_dtype.itemsize + call.skip.dtype.itemsize)
 
 
 def _one_thread() -> None:

@@ -110,7 +110,7 @@ def readme_table(results: dict[str, Any]) -> str:
     lines = []
     for kind, words in WORDS.items():
         rows = found[kind, "sm_90", 768, 64, 50_432]
-        by_kernel = {row["kernel"]: row["us"] for row in rows}
+        by_kernel = {row["kernel"]: row["us"] / row["layers"] for row in rows}
         parts = [by_kernel[kernel] for kernel in PARTS.values()]
         others = sum(by_kernel.values()) - sum(parts)
         layer, copy = rows[0]["layer_us"], sum(row["copy_us"] for row in rows)
@@ -146,7 +146,8 @@ def markdown(results: dict[str, Any]) -> str:
 
 def _cells(row: Row) -> list[str]:
     times = [row[name] for name in ("us", "copy_us", "issue_us", "exposed_us", "l2_us", "dram_us")]
-    cells = [row["kernel"], *("" if time is None else f"{time:.1f}" for time in times), row["bound"]]
+    kernel = row["kernel"] if row["layers"] == 1 else f"{row['kernel']}, for {row['layers']} layers"
+    cells = [kernel, *("" if time is None else f"{time:.1f}" for time in times), row["bound"]]
     if row["instructions"] is None:
         return cells + [""] * 7
     counts = [f"{row['instructions']:,}", str(row["registers"]), f"{row['shared_bytes'] / 1024:.0f}"]

@@ -24,6 +24,7 @@ from math import ceil
 from torch import Tensor
 
 from benchmarks.machine_code.ahead_of_time import Launch
+from mosa_fast.kernels.sparse_adapter_bwd_weight import BLOCKS_AT_ONCE
 from mosa_fast.ops.call import SparseAdapterCall
 from mosa_fast.ops.slots import padded_rank, padded_width
 
@@ -80,17 +81,19 @@ def forward(c: SparseAdapterCall, launch: Launch) -> Traffic:
 
 
 def backward_input(c: SparseAdapterCall, launch: Launch) -> Traffic:
-    """Y for h's gradient, y and x for x's; written besides: h and t."""
+    """Y for h's gradient, y and x for x's; written besides: h and t, sums, and the skip's gradient if it is not y."""
     rows, columns = launch.tile.rows, launch.tile.columns
     rank, steps, groups = launch.arguments["BLOCK_BOTTLENECK"], ceil(c.width / columns), c.groups if c.fork else 1
     grad, x = c.out_rows * c.width * c.out_dtype.itemsize, _bytes(c.x)
-    grad_skip = _bytes(c.skip) if c.fork and c.skip is not None else 0
+    skip = launch.arguments["grad_skip_ptr"]
+    grad_skip = 0 if skip is None else _bytes(skip)
+    sums = _bytes(launch.arguments["grad_sums_ptr"]) + _bytes(launch.arguments["rank_sums_ptr"])
     return Traffic(
         streamed=grad + x + _ranks(c) + 2 * FLOAT * c.in_rows,
         again=grad + (_ranks(c) if c.fork else 0),
         span=rows * c.width * c.out_dtype.itemsize * groups,
         shared=_prepared(c) * groups,
-        written=x + grad_skip + 2 * _ranks(c),
+        written=x + grad_skip + 2 * _ranks(c) + sums,
         planned=grad + 2 * x + grad_skip,
         loops=((groups, ((steps, ()),)), (steps, ((groups, ()),))) if c.fork else ((steps, ()), (steps, ())),
         products=2 * rows * c.width * rank * groups,
@@ -98,45 +101,35 @@ def backward_input(c: SparseAdapterCall, launch: Launch) -> Traffic:
 
 
 def backward_weight(c: SparseAdapterCall, launch: Launch) -> Traffic:
-    """Y and x once, h and t for every block of columns; the partial sums."""
+    """Y and x once, h and t for every block of columns; sums over blocks of rows; the partial sums."""
     a, rows, columns = launch.arguments, launch.tile.rows, launch.tile.columns
     rank, blocks, segments = a["BLOCK_BOTTLENECK"], ceil(c.width / columns), a["segments_per_slice"]
     steps = ceil(min(a["piece_rows"], c.rows_per_group) / rows)
-    grad, x = c.out_rows * c.width * c.out_dtype.itemsize, _bytes(c.x)
-    ranks = 2 * _ranks(c) + 2 * FLOAT * c.in_rows
-    partial = FLOAT * a["slices"] * (2 * c.width * c.bottleneck + 2 * c.width)
-    sums = FLOAT * a["segments"] * (c.width + c.bottleneck)
+    summed = ceil(ceil(a["piece_rows"] / a["SUMMED_ROWS"]) / BLOCKS_AT_ONCE.value)
+    grad, x = _bytes(a["grad_out_ptr"]), _bytes(c.x)
+    ranks = 2 * _ranks(c) + (0 if a["RAW_INPUT"] else 2 * FLOAT * c.in_rows)
+    rank_sums = _bytes(a["rank_sums_ptr"])
+    loops = ((steps, ()), *[(summed, ())] * (3 if a["RAW_INPUT"] else 2))
     return Traffic(
-        streamed=grad + x + ranks,
-        again=(blocks - 1) * ranks,
+        streamed=grad + x + ranks + _bytes(a["grad_sums_ptr"]) + rank_sums,
+        again=(blocks - 1) * (ranks + rank_sums),
         shared=(_down(c) + _owners(c)) // blocks * segments,
-        written=partial + sums,
+        written=_bytes(a["partial_ptr"]),
         planned=grad + x,
-        loops=((segments, ((steps, ()),)),),
+        loops=((segments, loops),) if a["ACCUMULATE"] else loops,
         products=2 * rows * columns * rank * steps * segments,
-        through_registers=c.norm_weight is not None and c.x.dtype == c.product_dtype,  # x minus its mean
     )
 
 
 def sum_slices(c: SparseAdapterCall, launch: Launch) -> Traffic:
     """The partial sums, and the gradients."""
-    weights = 2 * c.width * c.bottleneck + 2 * c.width
-    steps = ceil(launch.arguments["slices"] / launch.tile.rows)
+    slices, partial = launch.arguments["slices"], launch.arguments["partial_ptr"]
+    steps = ceil(slices / launch.tile.rows)
     return Traffic(
-        streamed=FLOAT * weights * launch.arguments["slices"],
-        written=FLOAT * weights,
+        streamed=_bytes(partial),
+        written=_bytes(partial) // slices,
         loops=((steps, ()),),
         through_registers=True,
-    )
-
-
-def sum_segments(c: SparseAdapterCall, launch: Launch) -> Traffic:
-    """The segments' sums of y and t, and the biases' gradients."""
-    segments = launch.arguments["segments"]
-    return Traffic(
-        streamed=FLOAT * segments * (c.width + c.bottleneck),
-        written=FLOAT * (c.up_bias.numel() + c.down_bias.numel()),
-        waits=ceil(segments / 4),  # the compiler unrolls its loop four times
     )
 
 
@@ -159,7 +152,6 @@ KERNELS: dict[str, Callable[[SparseAdapterCall, Launch], Traffic]] = {
     "sparse_adapter_bwd_input_kernel": backward_input,
     "sparse_adapter_bwd_weight_kernel": backward_weight,
     "sum_slices_kernel": sum_slices,
-    "sum_segments_kernel": sum_segments,
 }
 
 

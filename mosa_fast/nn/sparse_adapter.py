@@ -25,7 +25,7 @@ class SparseAdapter(MixtureLayer):
 
     `y = x + skip + scale * up_e(drop(act(down_e(norm(x)))))`: parallel to a frozen branch whose output is `skip`.
     A training pass computes with one expert of each split projection; evaluation with all of them merged, always
-    from the current weights.
+    from the current weights (`mosa_fast.nn.kept` says which writes to them it can see).
 
     Args:
         dim: width D of the tokens.

@@ -23,7 +23,7 @@ class SparseLoRA(MixtureLayer):
 
     For every target, a range of the linear's output columns with a pair (A, B) of its own:
     `y[..., target] + scale * B_e(A_e(x))`. A training pass computes with one expert of each split projection;
-    evaluation with all of them merged, always from the current weights.
+    evaluation with all of them merged, always from the current weights (`mosa_fast.nn.kept`: which writes it can see).
 
     Args:
         in_features: width D of what the linear reads.

@@ -204,12 +204,12 @@ def expert_bias(bias: Tensor, owner: Tensor | None, ids: Tensor) -> Tensor:
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor, scale: float | Tensor | None = None) -> Tensor:
     """`project`'s product, plus `[V, 1, out]` or `[out]`, times scale if there is one: in the bias's dtype."""
-    if x.dtype != bias.dtype:  # spare the bias and the scale the rounding of the product
-        out = project(x, weight).to(bias.dtype) + bias
-        return out if scale is None else out * scale
-    if scale is not None:  # of the weights, which are much smaller than the result
-        weight, bias = weight * scale, bias * scale
-    return project(x, weight, bias)
+    exact = x.dtype == bias.dtype  # else bias and scale are spared the rounding of the product
+    if exact and isinstance(scale, float):
+        # Of the weights, which are much smaller than the result. (A trained scale gets its gradient from the result.)
+        weight, bias, scale = weight * scale, bias * scale, None
+    out = project(x, weight, bias) if exact else project(x, weight).to(bias.dtype) + bias
+    return out if scale is None else out * scale
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

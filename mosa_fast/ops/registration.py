@@ -186,7 +186,10 @@ class _Recorded(torch.autograd.Function):
             needs = ctx.needs_input_grad[1 : len(names) + 1]
             needed = {name for name, need in zip(names, needs, strict=True) if need}
             added = operator.call.ONLY_ADDED
-            if added in needed and not options[operator.fork_index]:  # the output's gradient is its own
+            # The output's gradient is its own, unless groups are summed. A change of dtype is left to the kernel that
+            # reads that gradient anyway, if one runs: then no other has to read it again.
+            alone = grad_out.dtype == ctx.added_dtype or len(needed) == 1
+            if added in needed and alone and not options[operator.fork_index]:
                 needed.remove(added)
                 gradients[added] = grad_out.to(ctx.added_dtype)
             if needed:

@@ -16,13 +16,11 @@ from torch import Tensor
 
 from mosa_fast.kernels.reductions import sum_slices_kernel
 from mosa_fast.kernels.sparse_adapter_bwd_input import sparse_adapter_bwd_input_kernel
-from mosa_fast.kernels.sparse_adapter_bwd_weight import sparse_adapter_bwd_weight_kernel, sum_segments_kernel
+from mosa_fast.kernels.sparse_adapter_bwd_weight import sparse_adapter_bwd_weight_kernel
 from mosa_fast.kernels.sparse_adapter_fwd import sparse_adapter_fwd_kernel
 from mosa_fast.ops import launching, slots, triton_launching, triton_tiles
 from mosa_fast.ops.call import SparseAdapterCall
-from mosa_fast.ops.triton_tiles import SUM_TILE, Tile
-
-BIAS_TILE = Tile(rows=1, columns=32)  # narrow: the tile has a row for every expert, up to 255
+from mosa_fast.ops.triton_tiles import SUM_TILE
 
 
 def forward(call: SparseAdapterCall, out: Tensor, saved: Sequence[Tensor]) -> None:
@@ -46,40 +44,51 @@ def backward(call: SparseAdapterCall, grad_out: Tensor, saved: Sequence[Tensor],
         "grad_out_ptr": grad_out,
         "stats_ptr": stats,
         "pre_ptr": pre,
+        "grad_sums_ptr": None,
+        "rank_sums_ptr": None,
+        "RAW_INPUT": c.norm_weight is not None and c.x.dtype == c.product_dtype and c.x.dtype.itemsize == 2,
         "hidden_ptr": launching.empty((c.out_rows, c.bottleneck), c.product_dtype, device),
         "grad_pre_ptr": launching.empty((c.out_rows, c.bottleneck), c.product_dtype, device),
     }
 
-    tile = triton_tiles.choose("backward_input", c, c.bottleneck)
-    programs = triton.cdiv(c.rows_per_group, tile.rows) * (1 if c.fork else c.groups)
-    scaled = "scale_tensor" in gradients
+    input_tile = triton_tiles.choose("backward_input", c, c.bottleneck)
+    row_blocks = triton.cdiv(c.rows_per_group, input_tile.rows)
+    programs = row_blocks * (1 if c.fork else c.groups)
+    scaled, weights_wanted = "scale_tensor" in gradients, "up_weight" in gradients
+    if weights_wanted:
+        arguments["grad_sums_ptr"] = launching.empty((row_blocks * c.groups, c.width), torch.float32, device)
+        arguments["rank_sums_ptr"] = launching.empty((row_blocks * c.groups, 2, c.bottleneck), torch.float32, device)
     arguments["scale_partial_ptr"] = launching.empty((programs,), torch.float32, device) if scaled else None
-    triton_launching.launch(sparse_adapter_bwd_input_kernel, (programs,), tile, arguments)
-    if "up_weight" not in gradients:
+    triton_launching.launch(sparse_adapter_bwd_input_kernel, (programs,), input_tile, arguments)
+    if not weights_wanted:
         return
 
     tile = triton_tiles.choose("backward_weight", c, c.bottleneck)
     column_blocks = triton.cdiv(c.width, tile.columns)
-    split = launching.split_tokens(c, tile.rows, max(1, launching.multiprocessors(device) // column_blocks))
+    most_slices = max(1, launching.multiprocessors(device) // column_blocks)
+    split = launching.split_tokens(c, max(tile.rows, input_tile.rows), most_slices)
     weights, norm_weights = c.width * c.bottleneck, 0 if c.norm_weight is None else c.width
-    length = 2 * weights + 2 * norm_weights
+    up_biases, down_biases = c.up_bias.numel(), c.down_bias.numel()
+    length = 2 * weights + 2 * norm_weights + up_biases + down_biases
+    grad_skip = gradients.get("skip")
+    if grad_skip is not None and not c.fork and grad_skip.dtype == c.product_dtype:
+        arguments["grad_out_ptr"] = grad_skip  # the same numbers as the products see them, in fewer bytes
     arguments |= {
         "partial_ptr": launching.empty((split.slices, length), torch.float32, device),
-        "up_sums_ptr": launching.empty((split.segments, c.width), torch.float32, device),
-        "down_sums_ptr": launching.empty((split.segments, c.bottleneck), torch.float32, device),
         **vars(split),
         "programs": programs,
         "ACCUMULATE": split.segments_per_slice > 1,
+        "SUMMED_ROWS": input_tile.rows,
         "UP_WEIGHTS": weights,
         "DOWN_WEIGHTS": weights,
         "NORM_WEIGHTS": norm_weights,
+        "UP_BIASES": up_biases,
+        "DOWN_BIASES": down_biases,
     }
     blocks = split.slices * column_blocks
     triton_launching.launch(sparse_adapter_bwd_weight_kernel, (blocks,), tile, arguments)
     blocks = triton.cdiv(length, SUM_TILE.columns) + scaled
     triton_launching.launch(sum_slices_kernel, (blocks,), SUM_TILE, arguments)
-    blocks = triton.cdiv(c.width, BIAS_TILE.columns) + triton.cdiv(c.bottleneck, BIAS_TILE.columns)
-    triton_launching.launch(sum_segments_kernel, (blocks,), BIAS_TILE, arguments)
 
 
 def _arguments(c: SparseAdapterCall) -> dict[str, Any]:

@@ -83,9 +83,8 @@ def backward(call: SparseLoRACall, grad_out: Tensor, saved: Sequence[Tensor], gr
         "EVEN_TARGETS": triton_columns.even(targets, tile),
         "UP_WEIGHTS": up_weights,
         "DOWN_WEIGHTS": down_weights,
-        "NORM_WEIGHTS": 0,
-        "grad_norm_weight_ptr": None,
-        "grad_norm_bias_ptr": None,
+        **dict.fromkeys(("NORM_WEIGHTS", "UP_BIASES", "DOWN_BIASES"), 0),
+        **dict.fromkeys(f"grad_{name}_ptr" for name in ("norm_weight", "norm_bias", "up_bias", "down_bias")),
     }
     triton_launching.launch(sparse_lora_bwd_weight_kernel, (split.slices * column_blocks,), tile, arguments)
     blocks = triton.cdiv(up_weights + down_weights, SUM_TILE.columns) + scaled

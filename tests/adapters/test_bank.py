@@ -141,7 +141,7 @@ def test_an_emptied_bank_has_the_model_as_it_was_and_takes_tasks_of_any_kind(nam
         bank(x, tasks="a")
     models = {"b": trained(make_tiny(name), 5, 2, **(LORA if config is ADAPTER else ADAPTER))}
     bank.add("b", models["b"])
-    assert_like_alone(bank, models, x, ["b"] * 4, 1e-6)
+    assert_like_alone(bank, models, x, ["b"] * 4, 4e-6)
 
 
 def test_heads_of_an_emptied_bank_have_moved_with_it(images):

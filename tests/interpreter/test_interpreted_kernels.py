@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from kernel_cases import CASES, Case, check, compare, make, poisoned, run, variant
 
 from mosa_fast.ops import backend, sparse_adapter
+from mosa_fast.ops.prepare_weights import MasterWeights, prepare_weights
+from mosa_fast.ops.reference import expert_bias, expert_weight
 
 DTYPES = [torch.float32, torch.float16]
 
@@ -59,6 +61,20 @@ def test_autocast_rounds_the_products_only(skip_dtype):
         ours = run("triton", arguments, autocast=torch.float16)
     assert ours["out"].dtype == torch.float32
     compare(ours, eager, oracle, torch.float16)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.float16], ids=str)
+def test_a_narrower_skip_gets_its_gradient_without_a_cast(autocast):
+    """Beside a float32 stream the kernel towards x writes it: no other kernel reads the output's gradient for it."""
+    arguments = make(Case("stream", skip_dtype=torch.float16), torch.float32, "cpu")
+    x, skip = arguments["x"].requires_grad_(), arguments["skip"].requires_grad_()
+    with backend("triton"), torch.autocast("cpu", autocast, enabled=autocast is not None):
+        out = sparse_adapter(**arguments)
+    grad = torch.randn_like(out)
+    with torch.profiler.profile() as profile:
+        _, grad_skip = torch.autograd.grad(out, [x, skip], grad)
+    assert torch.equal(grad_skip, grad.half())
+    assert not {"aten::to", "aten::_to_copy"} & {event.name for event in profile.events()}
 
 
 def test_non_contiguous_and_expanded_inputs():
@@ -183,3 +199,49 @@ def sparse_adapter_with(**arguments):
     defaults |= {"down_bias": torch.zeros(1, bottleneck), "up_bias": torch.zeros(1, width), "add_input": False}
     with backend("triton"):
         return sparse_adapter(**defaults | arguments)
+
+
+def prepared_for(arguments, dtype=torch.float32, experts=None):
+    masters = MasterWeights(*(arguments[name] for name in MasterWeights._fields))
+    experts = arguments["experts"] if experts is None else experts
+    (prepared,) = prepare_weights([masters], experts[None], dtype, "triton")
+    return prepared
+
+
+def test_weights_that_were_prepared_before_give_the_same_bits():
+    arguments = make(CASES[0], torch.float32, "cpu")
+    own = run("triton", arguments)
+    given = run("triton", arguments | {"prepared": prepared_for(arguments)})
+    for key, value in own.items():
+        assert torch.equal(given[key], value), key
+
+
+def test_weights_that_were_prepared_for_another_call_are_refused():
+    arguments = make(CASES[0], torch.float32, "cpu")
+    other_dtype = prepared_for(arguments, torch.float16)
+    other_groups = prepared_for(arguments, experts=arguments["experts"][:1])
+    with backend("triton"):
+        for wrong, message in (
+            (other_dtype, r"its down must be float32 \[2, 16, 128\], got float16 \[2, 16, 128\]"),
+            (other_groups, r"its down must be float32 \[2, 16, 128\], got float32 \[1, 16, 128\]"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                sparse_adapter(**arguments, prepared=wrong)
+
+
+def test_prepared_weights_are_those_of_the_groups_and_padded_with_zeros():
+    case = variant(CASES[0], width=40, bottleneck=5, groups=((0, 2), (-1, 1)))
+    a = make(case, torch.float32, "cpu")
+    prepared = prepared_for(a)
+    down = expert_weight(a["down_weight"], a["down_init"], a["down_owner"], a["experts"][:, 0], case.experts)
+    up = expert_weight(a["up_weight"], None, a["up_owner"], a["experts"][:, 1], case.experts)
+    folded = down * a["norm_weight"]
+    torch.testing.assert_close(prepared.down[:, :5, :40], folded)
+    torch.testing.assert_close(prepared.up[:, :40, :5], up)
+    assert prepared.down.shape == (2, 16, 64)
+    assert prepared.up.shape == (2, 64, 16)
+    for padded, own in ((prepared.down, folded), (prepared.up, up), (prepared.up_bias, prepared.up_bias[:, :40])):
+        torch.testing.assert_close(padded.abs().sum(), own.abs().sum())
+    bias = expert_bias(a["down_bias"], a["down_owner"], a["experts"][:, 0])[:, 0] + down @ a["norm_bias"]
+    torch.testing.assert_close(prepared.vectors[:, 0, :5], bias)
+    torch.testing.assert_close(prepared.vectors[:, 1, :5], folded.sum(-1), atol=1e-5, rtol=1e-5)

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("triton")
 from benchmarks.machine_code.ahead_of_time import Compiled, compile_launch, launches, preparing
 from benchmarks.machine_code.calls import adapter_call, bank_call, lora_call
+from benchmarks.machine_code.sass import Code
 from mosa_fast.ops import triton_tiles
 from mosa_fast.ops.call import SparseAdapterCall
 from mosa_fast.ops.prepare_weights import MOST_LAYERS
@@ -41,6 +42,8 @@ CALLS |= {
     "huge": partial(adapter_call, 1280, 64),
     "small": partial(adapter_call, 96, 16, activation="relu", norm=False),
     "dense": partial(adapter_call, 384, 32, split="none", dropout=0.0),
+    "share-down": partial(adapter_call, split="up"),
+    "branch-of-16-bits": partial(adapter_call, dtype=FP32, product_dtype=BF16, skip_dtype=BF16, split="up"),
 }
 CALLS |= {
     f"lora-{name}": partial(lora_call, **options)
@@ -149,6 +152,23 @@ def test_tiles_divide_the_columns_that_weights_are_padded_to():
             if isinstance(call := make(), SparseAdapterCall):
                 for launch in launches(call, architecture)[:2]:
                     assert PADDED_TO % launch.tile.columns == 0, f"{launch.name} of {name}"
+
+
+def test_a_backward_is_three_launches():
+    """Towards x, towards the weights, and one second stage for weights, norm, biases and scale."""
+    names = [launch.name for launch in launches(CALLS["plain-bfloat16-r64"](), "sm_90")]
+    assert names[1:] == ["sparse_adapter_bwd_input_kernel", "sparse_adapter_bwd_weight_kernel", "sum_slices_kernel"]
+
+
+@pytest.mark.parametrize("name", ["plain-bfloat16-r64", "fork-bfloat16-r64"])
+def test_rows_of_16_bits_are_multiplied_as_they_lie_in_memory(compiled, name):
+    """Towards the weights nothing is loaded into registers to be stored to shared memory for a product."""
+    weight = next(k for k in results(compiled, name, "sm_90") if k.name == "sparse_adapter_bwd_weight_kernel")
+    code = Code.parse(weight.sass)
+    loops = [{i.mnemonic for i in code.instructions if loop.holds(i.address)} for loop in code.loops]
+    (products,) = (mnemonics for mnemonics in loops if "HGMMA" in mnemonics)
+    assert "LDGSTS" in products
+    assert not {"LDG", "STS"} & products
 
 
 def test_every_row_of_the_table_is_checked():
