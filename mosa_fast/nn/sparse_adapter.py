@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from mosa_fast.config import MoSAConfig
 from mosa_fast.nn.mixture import MixtureLayer
 from mosa_fast.nn.projection import SparseProjection
-from mosa_fast.ops import sparse_adapter
+from mosa_fast.ops import adapted_mlp, sparse_adapter
 from mosa_fast.ops.call import describe
 from mosa_fast.routing import as_seed
 
@@ -165,6 +166,37 @@ class SparseAdapter(MixtureLayer):
             fork: let each of the V groups read all of x.
             add_input: add x to the result.
         """
+        return sparse_adapter(
+            x,
+            skip,
+            **self._arguments(x, experts, seed),
+            activation=self.activation,
+            add_input=add_input,
+            fork=fork,
+            eps=1.0 if self.norm is None else self.norm.eps,
+        )
+
+    def with_mlp(
+        self,
+        x: Tensor,
+        mlp: Mapping[str, Any],
+        experts: Tensor | None = None,
+        *,
+        seed: Tensor | int | None = None,
+        fork: bool = False,
+    ) -> Tensor:
+        """Apply the adapter and the frozen MLP beside it: `forward`, with the MLP's branch as its skip.
+
+        Args:
+            x: `[N, ..., dim]`.
+            mlp: norm2 with its eps, fc1, fc2 and LayerScale of the block, by the names that
+                `mosa_fast.ops.adapted_mlp` has for them.
+            experts, seed, fork: as forward's.
+        """
+        return adapted_mlp(x, **mlp, **self._arguments(x, experts, seed), fork=fork)
+
+    def _arguments(self, x: Tensor, experts: Tensor | None, seed: Tensor | int | None) -> dict[str, Any]:
+        """What the operators take of this layer: its weights, their experts, the dropout and its seed."""
         if x.shape[-1] != self.down.weight.shape[1]:
             raise ValueError(f"x must be [N, ..., {self.down.weight.shape[1]}], got {describe(x)}")
         norm, dropout = self.norm, self.dropout if self.training else 0.0
@@ -175,27 +207,21 @@ class SparseAdapter(MixtureLayer):
         if experts is None:
             own, down_init = self.own_experts(key, x.device)
             experts = own[0]
-        return sparse_adapter(
-            x,
-            skip,
-            None if norm is None else norm.weight,
-            None if norm is None else norm.bias,
-            self.down.weight,
-            self.down.bias_rows(),
-            self.up.weight,
-            self.up.bias_rows(),
-            down_init,
-            self.down.owner,
-            self.up.owner,
-            experts,
-            activation=self.activation,
-            scale=self.scale,
-            dropout=dropout,
-            seed=key,
-            add_input=add_input,
-            fork=fork,
-            eps=1.0 if norm is None else norm.eps,
-        )
+        return {
+            "norm_weight": None if norm is None else norm.weight,
+            "norm_bias": None if norm is None else norm.bias,
+            "down_weight": self.down.weight,
+            "down_bias": self.down.bias_rows(),
+            "up_weight": self.up.weight,
+            "up_bias": self.up.bias_rows(),
+            "down_init": down_init,
+            "down_owner": self.down.owner,
+            "up_owner": self.up.owner,
+            "experts": experts,
+            "scale": self.scale,
+            "dropout": dropout,
+            "seed": key,
+        }
 
     @property
     def merged_parameters(self) -> int:

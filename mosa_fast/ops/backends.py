@@ -14,8 +14,13 @@ import torch
 from mosa_fast.ops import extension
 
 BACKENDS = ("reference", "triton", "cuda")
-# The operators that a backend has kernels for; the reference serves all.
-KERNELS = {"triton": ("sparse_adapter", "sparse_lora", "adapter_bank"), "cuda": ("sparse_adapter",)}
+# The operators that a backend has launchers for. The reference serves all others, too, without: autograd
+# differentiates it.
+KERNELS = {
+    "reference": ("adapted_mlp",),
+    "triton": ("sparse_adapter", "sparse_lora", "adapter_bank"),
+    "cuda": ("sparse_adapter",),
+}
 ENVIRONMENT_VARIABLE = "MOSA_FAST_BACKEND"
 LEAST_CAPABILITY = (8, 0)  # Ampere: bfloat16 tensor cores and asynchronous copies
 
@@ -150,7 +155,7 @@ def _unserved(name: str, device: torch.device, dtype: torch.dtype, operator: str
     if name == "reference":
         return None
     if operator not in KERNELS[name]:
-        others = ", ".join(other for other in BACKENDS if operator in KERNELS.get(other, (operator,)))
+        others = ", ".join(other for other in BACKENDS if other == "reference" or operator in KERNELS[other])
         return f"it has no kernels for {operator}; use one of {others}"
     if dtype == torch.float64:
         return "float64 is for the reference backend"
