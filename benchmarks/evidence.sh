@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # The runs that docs/evidence.md describes. Whatever is done is a whole table: those wanted most come first.
 #
-#   benchmarks/evidence.sh [DIR]      # DIR: of the runs (runs/evidence); stop it at will, the same command goes on
+#   benchmarks/evidence.sh [DIR [OPTION ...]]   # stop it at will, the same command goes on
 #
+# DIR: of the runs (runs/evidence). OPTIONs go to every sweep, and from there to every run: where the data are, on what to
+# compute, how many runs at a time (docs/evidence.md, Repeat it). Those that change results need a DIR of their own.
 # Every finished run is a line of DIR/evidence.jsonl, and what is a line there is done: to go on from our runs, copy
 # benchmarks/results/evidence.jsonl to it. Two processes of one thread; give it idle time with `nice -n 19`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-runs/evidence}
+options=("${@:2}")
 export OMP_NUM_THREADS=1 TIMM_FUSED_ATTN=0 # with 64 tokens, plain attention is faster on a CPU
 
 # run "RECIPES" FOLDER EPOCHS OPTION ...
@@ -17,7 +20,8 @@ run() {
     shift 3
     "${PYTHON:-python}" -m mosa_fast.sweep --configs "${recipes[@]}" --out "$out/$folder" --processes 2 \
         --grid --search uphill --search-seeds 101,102 --seeds 1,2,3,4,5 --seed-options seed adapter.seed \
-        --records "$out/evidence.jsonl" --optim.epochs="$epochs" --optim.warmup_epochs="$((epochs / 10)).$((epochs % 10))" "$@"
+        --records "$out/evidence.jsonl" --optim.epochs="$epochs" --optim.warmup_epochs="$((epochs / 10)).$((epochs % 10))" "$@" \
+        "${options[@]}"
 }
 
 # About 520 steps of 16 images; then four and sixteen times as many.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mosa_fast.sweep_records import read_records
+from mosa_fast.sweep_runs import essential
 
 STEPS = 520  # of the shortest schedule, about
 YARDSTICK = "dense"
@@ -119,7 +120,7 @@ def collect(records: Iterable[Mapping[str, Any]]) -> Evidence:
     """Rows by setting; of two runs of the same thing the later counts."""
     found: Evidence = {}
     for record in records:
-        options = dict(option.removeprefix("--").split("=", 1) for option in record["options"])
+        options = dict(option.removeprefix("--").split("=", 1) for option in essential(record["options"]))
         schedule = round(record["steps"] / STEPS)
         setting = Setting(options.get("data.name", "fashion_mnist"), int(options["data.shots"]), schedule)
         row = found.setdefault(setting, {}).setdefault(record["recipe"].removeprefix("evidence/"), Row())

@@ -22,6 +22,8 @@ from mosa_fast.nn.mixture import adapters
 from mosa_fast.routing import Routing, as_seed, draw
 from mosa_fast.training.precision import store_frozen
 
+DRAWS = 8  # made before a layer alone is timed, and used in turns: a model draws once a pass, for all its layers
+
 Inputs = tuple[Tensor, ...]  # (h, skip), (a linear's input, its output), (tokens,) or (images,)
 
 
@@ -90,23 +92,28 @@ def part_of(mixture: AdaptedModel, level: Level) -> nn.Module:
     return blocks_of(mixture)[0] if level == "block" else next(adapters(mixture))
 
 
-def run_views(
-    mixture: AdaptedModel, part: nn.Module, level: Level, inputs: Inputs, step: int, views: int = VIEWS
-) -> Tensor:
-    """All views of a step, `[V * B, ...]`; those of a model run in common what is the same for both.
+def run_views(part: nn.Module, inputs: Inputs, step: int, views: int = VIEWS) -> Tensor:
+    """Logits of all views of a model's step, `[V * B, classes]`, which run in common what is the same for them.
+
+    Args:
+        part: the model, or the same under torch.compile.
+        inputs: the images.
+        step: number of the step, from which experts and dropout follow.
+        views: how many.
+    """
+    return part(*inputs, views=views, seed=as_seed(step, inputs[0].device))
+
+
+def run_part(mixture: AdaptedModel, part: nn.Module, level: Level, inputs: Inputs, routing: Routing) -> Tensor:
+    """All views of an adapter, pairs or a block alone, `[V * B, ...]`.
 
     Args:
         mixture: the model.
         part: what of it works at the level, or the same under torch.compile.
-        level: the layer, the block or the model.
-        inputs: of all views; of a model, the images.
-        step: number of the step, from which experts and dropout follow.
-        views: how many.
+        level: the layer or the block.
+        inputs: of all views.
+        routing: of the mixture's adapters and views.
     """
-    device = inputs[0].device
-    if level == "model":
-        return part(*inputs, views=views, seed=as_seed(step, device))
-    routing = draw_step(mixture, step, device, views)
     if level == "operator":
         return part(*inputs, routing.experts[0], seed=routing.seeds[0])
     if level == "lora":

@@ -53,12 +53,15 @@ def mixture_learner(
     """A model with our layers that must compute what the mixture does."""
     part = models.part_of(model, level)
     run: Any = torch.compile(part, dynamic=False) if compiled else part
+    device, draws = next(model.parameters()).device, 0 if level == "model" else models.DRAWS
+    routings = [models.draw_step(model, step, device, views) for step in range(draws)]
 
     def train(batch: Batch, step: int) -> tuple[Tensor, ...]:
         with backend(backend_name):
-            if level == "model" and not together:
-                return (models.run_apart(model, batch.joined, step, views),)
-            return (models.run_views(model, run, level, batch.joined, step, views),)
+            if level != "model":
+                return (models.run_part(model, run, level, batch.joined, routings[step % draws]),)
+            run_model = models.run_views if together else models.run_apart
+            return (run_model(run if together else model, batch.joined, step, views),)
 
     def evaluate(images: Tensor) -> Tensor:
         with backend(backend_name):

@@ -20,7 +20,7 @@ from mosa_fast.training.losses import mosa_loss
 from mosa_fast.training.precision import AUTOCAST, autocast, input_dtype
 
 BATCHES = 4  # inputs take turns, so that no run finds its own in a cache
-CHECKED_STEP = 1234  # whose draws are compared
+CHECKED_STEP = models.DRAWS - 1  # whose draws are compared
 
 
 class Workbench:

@@ -22,6 +22,7 @@ struct Array {
 #define MOSA_SIZES(SIZE) \
   SIZE(width) SIZE(bottleneck) SIZE(groups) SIZE(rows_per_group) SIZE(tokens) SIZE(down_experts) SIZE(up_experts) \
   SIZE(activation) SIZE(product_dtype) SIZE(add_input) SIZE(fork) SIZE(first_sample) SIZE(dropout_threshold) \
+  SIZE(by_expert) SIZE(down_slots) SIZE(up_slots) \
   SIZE(pieces) SIZE(piece_rows) SIZE(segments) SIZE(segments_per_slice) SIZE(slices) SIZE(programs)
 
 // NUMBER(name)
@@ -51,10 +52,11 @@ MOSA_BOTH inline int64_t partial_length(const Sizes& s) {
 }
 
 // ARRAY(name, what its elements are, how many there are, when it must be given): T rows of x, M rows of out, D width,
-// r bottleneck, V groups; D' and r' are padded to multiples of TILE. `backward` tells the operation.
+// r bottleneck, V groups; D' and r' are padded to multiples of TILE; d and u slots of prepared weights (prepare.h).
+// `preparing` and `backward` tell the operation.
 #define MOSA_ARRAYS(ARRAY) \
   /* inputs, as the operator has them */ \
-  ARRAY(X, FLOATING, in_rows(s) * s.width, true) \
+  ARRAY(X, FLOATING, in_rows(s) * s.width, !preparing) \
   ARRAY(SKIP, FLOATING, in_rows(s) * s.width, false) \
   ARRAY(NORM_WEIGHT, FLOATING, s.width, given(NORM_BIAS)) \
   ARRAY(NORM_BIAS, FLOATING, s.width, given(NORM_WEIGHT)) \
@@ -68,15 +70,15 @@ MOSA_BOTH inline int64_t partial_length(const Sizes& s) {
   ARRAY(EXPERTS, INT32S, 2 * s.groups, true) \
   ARRAY(SCALE_TENSOR, FLOATING, 1, false) \
   ARRAY(SEED, INT64S, s.first_sample ? 2 : 1, s.dropout_threshold > 0) \
-  /* forward: out [M, D]; for backward stats [T, 2], pre [M, r], vectors [V, 2, r] */ \
-  ARRAY(OUT, FLOATING, out_rows(s) * s.width, !backward) \
+  /* what `prepare` writes and the others read: [d, r', D'], [u, D', r'], [d, 2, r'], [u, D'] */ \
+  ARRAY(PREPARED_DOWN, PRODUCT, s.down_slots * padded(s.bottleneck) * padded(s.width), true) \
+  ARRAY(PREPARED_UP, PRODUCT, s.up_slots * padded(s.width) * padded(s.bottleneck), true) \
+  ARRAY(PREPARED_VECTORS, FLOAT32S, 2 * s.down_slots * padded(s.bottleneck), true) \
+  ARRAY(PREPARED_UP_BIAS, FLOAT32S, s.up_slots * padded(s.width), true) \
+  /* forward: out [M, D]; for backward stats [T, 2], pre [M, r] */ \
+  ARRAY(OUT, FLOATING, out_rows(s) * s.width, !preparing && !backward) \
   ARRAY(STATS, FLOAT32S, 2 * in_rows(s), backward && given(NORM_WEIGHT)) \
   ARRAY(PRE, PRODUCT, out_rows(s) * s.bottleneck, backward) \
-  ARRAY(VECTORS, FLOAT32S, 2 * s.groups * s.bottleneck, true) \
-  /* scratch of both: [V, r', D'], [V, D', r'], [V, D'] */ \
-  ARRAY(DOWN_EFFECTIVE, PRODUCT, s.groups * padded(s.bottleneck) * padded(s.width), true) \
-  ARRAY(UP_EFFECTIVE, PRODUCT, s.groups * padded(s.width) * padded(s.bottleneck), true) \
-  ARRAY(UP_BIAS_EFFECTIVE, FLOAT32S, s.groups * padded(s.width), true) \
   /* backward towards the input; hidden and grad_pre [M, r] are scratch */ \
   ARRAY(GRAD_OUT, FLOATING, out_rows(s) * s.width, backward) \
   ARRAY(GRAD_X, FLOATING, in_rows(s) * s.width, false) \
@@ -108,6 +110,7 @@ struct Arguments {
 };
 
 // Each returns null, or what went wrong. stream: a cudaStream_t.
+const char* prepare(const Arguments& arguments, void* stream);
 const char* forward(const Arguments& arguments, void* stream);
 const char* backward(const Arguments& arguments, void* stream);
 

@@ -55,9 +55,10 @@ MOSA_INLINE void backward_input_block(const Arguments& a, int64_t block, char* m
   // Pass 1: t of every group, 64 ranks at a time.
   for (int64_t index = 0; index < groups_here; ++index) {
     const int64_t group = first_group + index, out_start = group * s.rows_per_group;
-    const T* up = static_cast<const T*>(a.arrays[UP_EFFECTIVE].data) + group * width * ranks;
-    const float* up_bias = static_cast<const float*>(a.arrays[UP_BIAS_EFFECTIVE].data) + group * width;
-    const float* bias = static_cast<const float*>(a.arrays[VECTORS].data) + group * 2 * s.bottleneck;
+    const int64_t up_slot = slot_of(a, group, 1);
+    const T* up = static_cast<const T*>(a.arrays[PREPARED_UP].data) + up_slot * width * ranks;
+    const float* up_bias = static_cast<const float*>(a.arrays[PREPARED_UP_BIAS].data) + up_slot * width;
+    const float* bias = static_cast<const float*>(a.arrays[PREPARED_VECTORS].data) + slot_of(a, group, 0) * 2 * ranks;
     auto fetch_y = [&](int tile) {
       phase_without_barrier([&](int thread) {
         const int column = tile * TILE + thread % PARTS * EIGHT;
@@ -123,7 +124,7 @@ MOSA_INLINE void backward_input_block(const Arguments& a, int64_t block, char* m
             hidden[i] = activate(z, s.activation) * factor;
             grads[i] = scale * grad_hidden * (activation_derivative(z, s.activation) * factor);
             scale_product += hidden[i] * grad_hidden;
-            if (normed && i < count) mean += grads[i] * bias[s.bottleneck + rank + i];
+            if (normed && i < count) mean += grads[i] * bias[ranks + rank + i];
             product += grads[i] * p;
             grad_pre[row * pitch + rank + i] = from_float<T>(grads[i]);
           }
@@ -160,7 +161,7 @@ MOSA_INLINE void backward_input_block(const Arguments& a, int64_t block, char* m
     sums.zero();
     for (int64_t step = 0; need_x && step < groups_here * chunks; ++step) {
       const int64_t group = first_group + step / chunks, chunk = step % chunks;
-      const T* down = static_cast<const T*>(a.arrays[DOWN_EFFECTIVE].data) + group * ranks * width;
+      const T* down = static_cast<const T*>(a.arrays[PREPARED_DOWN].data) + slot_of(a, group, 0) * ranks * width;
       phase([&](int thread) {
         copy_tile(shared.weights[0], down + chunk * TILE * width + tile * TILE, width, thread);
         if (groups_here > 1) {  // each group's t comes back from memory, where this block wrote it

@@ -1,5 +1,5 @@
-// The extension's operators, registered with torch: mosa_fast_cuda::forward and ::backward fill buffers that Python
-// allocated (mosa_fast/ops/sparse_adapter_cuda.py); ::names says in which order they take what Python knows by name.
+// The extension's operators, registered with torch: mosa_fast_cuda::prepare, ::forward and ::backward fill buffers that
+// Python allocated (mosa_fast/ops/*_cuda.py); ::names says in which order they take what Python knows by name.
 // Before a launch every array is checked against its line in arguments.h, so that a mistake is an error, not a read or a
 // write out of bounds.
 #include <ATen/core/Tensor.h>
@@ -81,7 +81,10 @@ bool fits(int32_t dtype, Elements elements, const Sizes& s) {
 
 using Tensors = c10::List<std::optional<at::Tensor>>;
 
-void check(const Tensors& tensors, const Arguments& arguments, bool backward) {
+using Operation = const char*(const Arguments&, void*);
+
+void check(const Tensors& tensors, const Arguments& arguments, Operation* operation) {
+  const bool preparing = operation == &mosa_fast::prepare, backward = operation == &mosa_fast::backward;
   const Sizes& s = arguments.sizes;
   const auto given = [&](Name name) { return arguments.arrays[name].data != nullptr; };
   TORCH_CHECK(s.product_dtype >= FLOAT32 && s.product_dtype <= BFLOAT16, "product_dtype must be 0, 1 or 2");
@@ -95,7 +98,8 @@ void check(const Tensors& tensors, const Arguments& arguments, bool backward) {
     TORCH_CHECK(fits(dtype, elements, s), lower(ARRAY_NAMES[name]), " cannot be ", DTYPE_NAMES[dtype]);
     TORCH_CHECK(tensor.numel() == count, lower(ARRAY_NAMES[name]), " has ", tensor.numel(), " elements, not ", count);
     TORCH_CHECK(tensor.is_contiguous(), lower(ARRAY_NAMES[name]), " is not contiguous");
-    TORCH_CHECK(tensor.device() == tensors.get(X)->device(), lower(ARRAY_NAMES[name]), " is on another device than x");
+    TORCH_CHECK(tensor.device() == tensors.get(EXPERTS)->device(), lower(ARRAY_NAMES[name]),
+                " is on another device than experts");
   };
 #define MOSA_CHECK(name, elements, count, needed) check_one(name, elements, count, needed);
   MOSA_ARRAYS(MOSA_CHECK)
@@ -109,7 +113,8 @@ Array array_of(const std::optional<at::Tensor>& tensor) {
   return {data, dtype_of(*tensor), vector};
 }
 
-void call(bool backward, const Tensors& tensors, at::IntArrayRef sizes, at::ArrayRef<double> numbers) {
+template <Operation* operation>
+void call(const Tensors& tensors, at::IntArrayRef sizes, at::ArrayRef<double> numbers) {
   Arguments arguments;
   TORCH_CHECK(tensors.size() == std::size(ARRAY_NAMES), "there are ", std::size(ARRAY_NAMES), " arrays");
   TORCH_CHECK(sizes.size() == std::size(SIZE_NAMES), "there are ", std::size(SIZE_NAMES), " sizes");
@@ -119,30 +124,23 @@ void call(bool backward, const Tensors& tensors, at::IntArrayRef sizes, at::Arra
   for (int i = 0; i < NAMES; ++i) arguments.arrays[i] = array_of(tensors.get(i));
   std::memcpy(&arguments.sizes, sizes.data(), sizeof(Sizes));
   std::memcpy(&arguments.numbers, numbers.data(), sizeof(Numbers));
-  check(tensors, arguments, backward);
+  check(tensors, arguments, operation);
 #ifdef MOSA_FAST_EMULATE
   void* stream = nullptr;
 #else
-  const at::Tensor x = *tensors.get(X);
-  const c10::cuda::CUDAGuard guard(x.device());
-  void* stream = c10::cuda::getCurrentCUDAStream(x.device().index()).stream();
+  const at::Device device = tensors.get(EXPERTS)->device();
+  const c10::cuda::CUDAGuard guard(device);
+  void* stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
 #endif
-  const char* error = backward ? mosa_fast::backward(arguments, stream) : mosa_fast::forward(arguments, stream);
+  const char* error = operation(arguments, stream);
   TORCH_CHECK(error == nullptr, error);
-}
-
-void call_forward(const Tensors& tensors, at::IntArrayRef sizes, at::ArrayRef<double> numbers) {
-  call(false, tensors, sizes, numbers);
-}
-
-void call_backward(const Tensors& tensors, at::IntArrayRef sizes, at::ArrayRef<double> numbers) {
-  call(true, tensors, sizes, numbers);
 }
 
 }  // namespace
 
 TORCH_LIBRARY(mosa_fast_cuda, library) {
   library.def("names(str kind) -> str[]", &names);
+  library.def("prepare(Tensor?[] tensors, int[] sizes, float[] numbers) -> ()");
   library.def("forward(Tensor?[] tensors, int[] sizes, float[] numbers) -> ()");
   library.def("backward(Tensor?[] tensors, int[] sizes, float[] numbers) -> ()");
 }
@@ -152,6 +150,7 @@ TORCH_LIBRARY_IMPL(mosa_fast_cuda, CPU, library) {
 #else
 TORCH_LIBRARY_IMPL(mosa_fast_cuda, CUDA, library) {
 #endif
-  library.impl("forward", &call_forward);
-  library.impl("backward", &call_backward);
+  library.impl("prepare", &call<mosa_fast::prepare>);
+  library.impl("forward", &call<mosa_fast::forward>);
+  library.impl("backward", &call<mosa_fast::backward>);
 }

@@ -49,10 +49,11 @@ MOSA_INLINE void forward_block(const Arguments& a, int64_t block, char* memory) 
   const int column_tiles = tiles(s.width), chunks = tiles(s.bottleneck);
   const int width = column_tiles * TILE, ranks = chunks * TILE;
   const int64_t out_start = group * s.rows_per_group, in_start = s.fork ? 0 : out_start;
-  const T* down = static_cast<const T*>(a.arrays[DOWN_EFFECTIVE].data) + group * ranks * width;
-  const T* up = static_cast<const T*>(a.arrays[UP_EFFECTIVE].data) + group * width * ranks;
-  const float* up_bias = static_cast<const float*>(a.arrays[UP_BIAS_EFFECTIVE].data) + group * width;
-  const float* bias = static_cast<const float*>(a.arrays[VECTORS].data) + group * 2 * s.bottleneck;
+  const int64_t down_slot = slot_of(a, group, 0), up_slot = slot_of(a, group, 1);
+  const T* down = static_cast<const T*>(a.arrays[PREPARED_DOWN].data) + down_slot * ranks * width;
+  const T* up = static_cast<const T*>(a.arrays[PREPARED_UP].data) + up_slot * width * ranks;
+  const float* up_bias = static_cast<const float*>(a.arrays[PREPARED_UP_BIAS].data) + up_slot * width;
+  const float* bias = static_cast<const float*>(a.arrays[PREPARED_VECTORS].data) + down_slot * 2 * ranks;
   const bool normed = a.arrays[NORM_WEIGHT].data != nullptr;
   const Array& x = a.arrays[X];
   // Rows past the group's end read its last row again and are not stored.
@@ -155,7 +156,7 @@ MOSA_INLINE void forward_block(const Arguments& a, int64_t block, char* memory) 
         float values[EIGHT], factors[EIGHT];
         MOSA_UNROLL
         for (int i = 0; i < EIGHT; ++i) {
-          const float weight_sum = normed && i < count ? bias[s.bottleneck + rank + i] : 0.0f;
+          const float weight_sum = normed && i < count ? bias[ranks + rank + i] : 0.0f;
           values[i] = shared.rstd[row] *
               (shared.staging[row * STAGING + part * EIGHT + i] - shared.mean[row] * weight_sum);
         }

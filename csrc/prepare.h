@@ -1,19 +1,23 @@
-// The weights that each group computes with, made once for each call instead of once for each block of rows.
+// The weights that each group computes with, made once a pass instead of once for each block of rows.
 //
-// For group v with experts (d, u), rounded to the product's dtype and padded with zeros to multiples of TILE:
+// For each slot with experts (d, u), rounded to the product's dtype and padded with zeros to multiples of TILE:
 //
-//     down_effective[v] = W_down[d] diag(g)      [r', D']          up_effective[v] = W_up[u]     [D', r']
-//     up_bias_effective[v] = b_up[u]             [D']
-//     vectors[v, 0] = e = W_down[d] b + b_down[d]                  vectors[v, 1] = w = row sums of the same
+//     prepared_down = W_down[d] diag(g)      [r', D']          prepared_up = W_up[u]     [D', r']
+//     prepared_up_bias = b_up[u]             [D']
+//     prepared_vectors[0] = e = W_down[d] b + b_down[d]        prepared_vectors[1] = w = row sums of prepared_down
 //
-// Bytes a group: reads 4 to 9 a weight of each projection, writes 2 or 4; the main kernels then copy the tiles to
-// shared memory asynchronously, without masks or arithmetic. Scratch: V D' r' elements a projection.
+// A dense projection has one slot; one that is split has a slot for every group, or (by_expert) for every expert, for
+// merged and for ids out of range, as mosa_fast/ops/slots.py has it.
+//
+// Bytes a slot: reads 4 to 9 a weight, writes 2 or 4; the main kernels then copy the tiles to shared memory
+// asynchronously, without masks or arithmetic.
 #pragma once
 #include "block.h"
 
 namespace mosa_fast {
 
 constexpr int UP_WEIGHTS_A_BLOCK = 8 * THREADS;
+constexpr int NOBODY = -2;  // an expert that owns nothing
 
 struct PrepareShared { float bias[THREADS], sums[THREADS]; };
 
@@ -21,26 +25,45 @@ MOSA_INLINE int expert_of(const Arguments& a, int64_t group, int projection) {
   return static_cast<const int32_t*>(a.arrays[EXPERTS].data)[2 * group + projection];
 }
 
-// Blocks of one group: one for each padded rank, then the up-projection's, then its bias's.
-MOSA_BOTH inline int64_t prepare_blocks(int64_t padded_width, int64_t padded_ranks) {
-  return padded_ranks + (padded_width * padded_ranks + UP_WEIGHTS_A_BLOCK - 1) / UP_WEIGHTS_A_BLOCK +
+// Which of a projection's prepared weights (0 down, 1 up) a group computes with.
+MOSA_INLINE int64_t slot_of(const Arguments& a, int64_t group, int projection) {
+  if (!a.arrays[projection ? UP_OWNER : DOWN_OWNER].data) return 0;
+  if (!a.sizes.by_expert) return group;
+  const int64_t experts = projection ? a.sizes.up_experts : a.sizes.down_experts;
+  const int64_t expert = expert_of(a, group, projection);
+  return expert >= 0 && expert < experts ? expert : expert == MERGED ? experts : experts + 1;
+}
+
+// The expert whose weights a slot holds.
+MOSA_INLINE int expert_of_slot(const Arguments& a, int64_t slot, int projection) {
+  if (!a.sizes.by_expert) return expert_of(a, slot, projection);
+  const int64_t experts = projection ? a.sizes.up_experts : a.sizes.down_experts;
+  return slot < experts ? static_cast<int>(slot) : slot == experts ? MERGED : NOBODY;
+}
+
+// Blocks of one slot of the up-projection: its weights', then its bias's.
+MOSA_BOTH inline int64_t up_blocks(int64_t padded_width, int64_t padded_ranks) {
+  return (padded_width * padded_ranks + UP_WEIGHTS_A_BLOCK - 1) / UP_WEIGHTS_A_BLOCK +
       (padded_width + THREADS - 1) / THREADS;
+}
+
+// A block for each padded rank of each slot of the down-projection, then the up-projection's.
+MOSA_BOTH inline int64_t prepare_blocks(const Sizes& s) {
+  const int64_t width = padded(s.width), ranks = padded(s.bottleneck);
+  return s.down_slots * ranks + s.up_slots * up_blocks(width, ranks);
 }
 
 template <class T>
 MOSA_INLINE void prepare_block(const Arguments& a, int64_t block, char* memory) {
   const Sizes& s = a.sizes;
   PrepareShared& shared = *reinterpret_cast<PrepareShared*>(memory);
-  // 32 bits for what counts within a group: a block is known by a 32-bit number, and D' r' is far below 2^31.
+  // 32 bits for what counts within a slot: a block is known by a 32-bit number, and D' r' is far below 2^31.
   const int width = static_cast<int>(tiles(s.width)) * TILE, ranks = static_cast<int>(tiles(s.bottleneck)) * TILE;
-  const int each = static_cast<int>(prepare_blocks(width, ranks));
-  const int part = static_cast<int>(static_cast<uint32_t>(block) % each);
-  const int64_t group = static_cast<uint32_t>(block) / each;
-  const int down_expert = expert_of(a, group, 0), up_expert = expert_of(a, group, 1);
 
-  if (part < ranks) {
-    const int rank = part;
-    T* row = static_cast<T*>(a.arrays[DOWN_EFFECTIVE].data) + (group * ranks + rank) * width;
+  if (block < s.down_slots * ranks) {
+    const int64_t slot = block / ranks;
+    const int rank = static_cast<int>(block % ranks), down_expert = expert_of_slot(a, slot, 0);
+    T* row = static_cast<T*>(a.arrays[PREPARED_DOWN].data) + block * width;
     const bool normed = a.arrays[NORM_WEIGHT].data != nullptr;
     phase([&](int thread) {
       float bias = 0.0f, sum = 0.0f;
@@ -61,7 +84,6 @@ MOSA_INLINE void prepare_block(const Arguments& a, int64_t block, char* memory) 
       shared.bias[thread] = bias;
       shared.sums[thread] = sum;
     });
-    if (!a.arrays[VECTORS].data || rank >= s.bottleneck) return;
     for (int half = THREADS / 2; half > 0; half /= 2) {
       phase([&](int thread) {
         if (thread < half) {
@@ -72,21 +94,25 @@ MOSA_INLINE void prepare_block(const Arguments& a, int64_t block, char* memory) 
     }
     phase([&](int thread) {
       if (thread > 0) return;
-      float* vectors = static_cast<float*>(a.arrays[VECTORS].data) + group * 2 * s.bottleneck;
-      vectors[rank] = shared.bias[0] +
-          bias_value(a.arrays[DOWN_BIAS], a.arrays[DOWN_OWNER].data != nullptr, rank, s.bottleneck, down_expert,
-                     s.down_experts);
-      vectors[s.bottleneck + rank] = shared.sums[0];
+      float* vectors = static_cast<float*>(a.arrays[PREPARED_VECTORS].data) + slot * 2 * ranks;
+      vectors[rank] = shared.bias[0];
+      if (rank < s.bottleneck) {
+        vectors[rank] += bias_value(
+            a.arrays[DOWN_BIAS], a.arrays[DOWN_OWNER].data != nullptr, rank, s.bottleneck, down_expert, s.down_experts);
+      }
+      vectors[ranks + rank] = shared.sums[0];
     });
     return;
   }
 
-  const int up_blocks = (width * ranks + UP_WEIGHTS_A_BLOCK - 1) / UP_WEIGHTS_A_BLOCK;
-  if (part < ranks + up_blocks) {
-    T* weights = static_cast<T*>(a.arrays[UP_EFFECTIVE].data) + group * (width * ranks);
+  const int64_t up_block = block - s.down_slots * ranks, each = up_blocks(width, ranks), slot = up_block / each;
+  const int part = static_cast<int>(up_block % each), up_expert = expert_of_slot(a, slot, 1);
+  const int weight_blocks = (width * ranks + UP_WEIGHTS_A_BLOCK - 1) / UP_WEIGHTS_A_BLOCK;
+  if (part < weight_blocks) {
+    T* weights = static_cast<T*>(a.arrays[PREPARED_UP].data) + slot * (width * ranks);
     phase([&](int thread) {
       for (int i = 0; i < UP_WEIGHTS_A_BLOCK / THREADS; ++i) {
-        const int index = (part - ranks) * UP_WEIGHTS_A_BLOCK + i * THREADS + thread;
+        const int index = part * UP_WEIGHTS_A_BLOCK + i * THREADS + thread;
         if (index >= width * ranks) return;
         const int column = index / ranks, rank = index % ranks;
         const bool inside = column < s.width && rank < s.bottleneck;
@@ -99,9 +125,9 @@ MOSA_INLINE void prepare_block(const Arguments& a, int64_t block, char* memory) 
     return;
   }
   phase([&](int thread) {
-    const int column = (part - ranks - up_blocks) * THREADS + thread;
+    const int column = (part - weight_blocks) * THREADS + thread;
     if (column >= width) return;
-    static_cast<float*>(a.arrays[UP_BIAS_EFFECTIVE].data)[group * width + column] = column < s.width
+    static_cast<float*>(a.arrays[PREPARED_UP_BIAS].data)[slot * width + column] = column < s.width
         ? bias_value(a.arrays[UP_BIAS], a.arrays[UP_OWNER].data != nullptr, column, s.width, up_expert, s.up_experts)
         : 0.0f;
   });

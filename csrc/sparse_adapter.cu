@@ -69,10 +69,13 @@ int64_t hidden_bytes(const Sizes& s) {
 }
 
 template <class T>
+const char* run_prepare(const Arguments& arguments, [[maybe_unused]] void* stream) {
+  return MOSA_LAUNCH(prepare, prepare_blocks(arguments.sizes), sizeof(PrepareShared));
+}
+
+template <class T>
 const char* run_forward(const Arguments& arguments, [[maybe_unused]] void* stream) {
   const Sizes& s = arguments.sizes;
-  const int64_t preparing = s.groups * prepare_blocks(padded(s.width), padded(s.bottleneck));
-  if (const char* error = MOSA_LAUNCH(prepare, preparing, sizeof(PrepareShared))) return error;
   const int64_t blocks = padded(s.rows_per_group) / TILE * s.groups;
   return MOSA_LAUNCH(forward, blocks, sizeof(ForwardShared<T>) + hidden_bytes<T>(s));
 }
@@ -84,13 +87,8 @@ const char* finish(const Arguments& arguments, int64_t blocks, [[maybe_unused]] 
 }
 
 template <class T>
-const char* run_backward(const Arguments& original, [[maybe_unused]] void* stream) {
-  const Sizes& s = original.sizes;
-  Arguments arguments = original;
-  arguments.arrays[VECTORS].data = nullptr;  // saved by the forward: not to be written again
-  const int64_t preparing = s.groups * prepare_blocks(padded(s.width), padded(s.bottleneck));
-  if (const char* error = MOSA_LAUNCH(prepare, preparing, sizeof(PrepareShared))) return error;
-  arguments = original;
+const char* run_backward(const Arguments& arguments, [[maybe_unused]] void* stream) {
+  const Sizes& s = arguments.sizes;
   if (const char* error =
           MOSA_LAUNCH(backward_input, s.programs, sizeof(BackwardInputShared<T>) + hidden_bytes<T>(s))) {
     return error;
@@ -105,6 +103,14 @@ const char* run_backward(const Arguments& original, [[maybe_unused]] void* strea
 }
 
 }  // namespace
+
+const char* prepare(const Arguments& arguments, void* stream) {
+  switch (arguments.sizes.product_dtype) {
+    case FLOAT16: return run_prepare<Float16>(arguments, stream);
+    case BFLOAT16: return run_prepare<BFloat16>(arguments, stream);
+    default: return run_prepare<float>(arguments, stream);
+  }
+}
 
 const char* forward(const Arguments& arguments, void* stream) {
   switch (arguments.sizes.product_dtype) {

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 MERGED = tl.constexpr(-1)  # the expert id that means: all of them, averaged
+NOBODY = tl.constexpr(-2)  # one that owns nothing
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 KEEP_NORMAL, READ_AGAIN, READ_ONCE = tl.constexpr(""), tl.constexpr("evict_last"), tl.constexpr("evict_first")
 PHILOX_ROUNDS = tl.constexpr(7)
@@ -80,6 +81,24 @@ def bias_vector(bias_ptr, columns, valid, stride, expert, inverse_experts, EXPER
     else:
         bias = tl.load(bias_ptr + columns, mask=valid, other=0.0).to(tl.float32)
     return bias
+
+
+@triton.jit
+def slot_of(
+    experts_ptr, group, projection: tl.constexpr, EXPERTS: tl.constexpr, SPLIT: tl.constexpr, BY_EXPERT: tl.constexpr
+):
+    """Which of a projection's prepared weights a group computes with (prepare_weights.py), int64.
+
+    projection: 0 down, 1 up. BY_EXPERT: there is a slot for each expert, one for merged and one for any other id.
+    """
+    slot = group.to(tl.int64)
+    if not SPLIT:
+        slot *= 0
+    elif BY_EXPERT:
+        expert = tl.load(experts_ptr + 2 * group + projection).to(tl.int64)
+        known = (expert >= 0) & (expert < EXPERTS)
+        slot = tl.where(known, expert, tl.where(expert == MERGED, EXPERTS, EXPERTS + 1))
+    return slot
 
 
 @triton.jit

@@ -9,7 +9,7 @@ With the notation of sparse_adapter_fwd.py, y = dL/d(out), x^ = (x - mean) rstd,
 
 The two means of the norm's backward need no pass over D, since dn lies in the span of W diag(g)'s rows:
 
-    mean(dn)      = t . w / D        (w: row sums of W diag(g), saved by the forward)
+    mean(dn)      = t . w / D        (w: row sums of W diag(g), prepared)
     mean(dn * x^) = t . p / D        (x^ (W diag(g))^T = p)
 
 so x is read once, when dx is written. Likewise the scale's gradient, sum(y * (h U^T + b_up)) = sum(h . a + y . b_up).
@@ -17,7 +17,7 @@ Written besides: h (after dropout) and t, in the product dtype, for the weight g
 the groups' dx in the same program; y is then read V times.
 
 Bytes, for M rows, s bytes an element: read y: M D s (again from the L2 cache in the second pass), x: M D s, p: M r s;
-write dx: M D s, h and t: 2 M r s. Weights as in the forward.
+write dx: M D s, h and t: 2 M r s. Weights as in the forward, and the same ones: each layer's are kept for its backward.
 """
 
 from __future__ import annotations
@@ -29,23 +29,20 @@ from mosa_fast.kernels.device_functions import (
     READ_AGAIN,
     activate,
     activation_derivative,
-    bias_vector,
     dropout_factor,
     load_tile,
-    weight_tile,
+    slot_of,
 )
 
 
 @triton.jit
 def backward_hidden(
     grad_out_ptr,
-    up_weight_ptr,
+    up_ranks,
     up_bias_ptr,
-    up_owner_ptr,
-    experts_ptr,
+    bias,
     seed_ptr,
     pre_ptr,
-    vectors_ptr,
     hidden_ptr,
     grad_pre_ptr,
     group,
@@ -59,7 +56,6 @@ def backward_hidden(
     SCALE_GRAD: tl.constexpr,
     WIDTH: tl.constexpr,
     BOTTLENECK: tl.constexpr,
-    UP_EXPERTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     FIRST_SAMPLE: tl.constexpr,
     PRODUCT: tl.constexpr,
@@ -68,12 +64,13 @@ def backward_hidden(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_BOTTLENECK: tl.constexpr,
 ):
-    """For one group's rows write h and t; return t and p (float32) and each row's part of the scale's gradient."""
+    """For one group's rows write h and t; return t and p (float32) and each row's part of the scale's gradient.
+
+    up_ranks: pointers `[1, BLOCK_BOTTLENECK]` to the first row of the group's prepared up-weights. bias: e.
+    """
     EVEN_COLUMNS: tl.constexpr = WIDTH % BLOCK_COLUMNS == 0
-    EVEN_WEIGHTS: tl.constexpr = EVEN_COLUMNS and BOTTLENECK == BLOCK_BOTTLENECK
     ranks = tl.arange(0, BLOCK_BOTTLENECK)
     rank_valid = ranks < BOTTLENECK
-    expert = tl.load(experts_ptr + 2 * group + 1)
     grad_rows = grad_out_ptr + out_rows[:, None] * WIDTH
     grad_hidden = tl.zeros([BLOCK_ROWS, BLOCK_BOTTLENECK], tl.float32)  # a
     scale_rows = tl.zeros([BLOCK_ROWS], tl.float32)
@@ -82,34 +79,15 @@ def backward_hidden(
         column_valid = columns < WIDTH
         # Kept in L2 for the second pass.
         grad = load_tile(grad_rows + columns[None, :], column_valid[None, :], EVEN_COLUMNS, READ_AGAIN)
-        weight = weight_tile(
-            up_weight_ptr,
-            None,
-            up_owner_ptr,
-            columns[:, None] * BOTTLENECK + ranks[None, :],
-            column_valid[:, None] & rank_valid[None, :],
-            expert,
-            1.0 / UP_EXPERTS,
-            EVEN_WEIGHTS,
-        )
-        grad_hidden = tl.dot(grad.to(PRODUCT), weight.to(PRODUCT), grad_hidden, input_precision=PRECISION)
+        weight = tl.load(up_ranks + columns[:, None] * BLOCK_BOTTLENECK)
+        grad_hidden = tl.dot(grad.to(PRODUCT), weight, grad_hidden, input_precision=PRECISION)
         if SCALE_GRAD:
-            up_bias = bias_vector(
-                up_bias_ptr,
-                columns,
-                column_valid,
-                WIDTH,
-                expert,
-                1.0 / UP_EXPERTS,
-                UP_EXPERTS,
-                up_owner_ptr is not None,
-            )
+            up_bias = tl.load(up_bias_ptr + columns)
             scale_rows += tl.sum(grad.to(tl.float32) * up_bias[None, :], axis=1)
 
     tile = out_rows[:, None] * BOTTLENECK + ranks[None, :]
     tile_valid = row_valid[:, None] & rank_valid[None, :]
     pre = tl.load(pre_ptr + tile, mask=tile_valid, other=0.0).to(tl.float32)
-    bias = tl.load(vectors_ptr + group * 2 * BOTTLENECK + ranks, mask=rank_valid, other=0.0)
     z = pre + bias[None, :]
     hidden = activate(z, ACTIVATION)
     slope = activation_derivative(z, ACTIVATION)
@@ -131,20 +109,15 @@ def backward_hidden(
 def sparse_adapter_bwd_input_kernel(
     grad_out_ptr,
     x_ptr,
-    norm_weight_ptr,
-    down_weight_ptr,
-    down_bias_ptr,
-    up_weight_ptr,
-    up_bias_ptr,
-    down_init_ptr,
-    down_owner_ptr,
-    up_owner_ptr,
     experts_ptr,
     scale_tensor_ptr,
     seed_ptr,
+    prepared_down_ptr,
+    prepared_up_ptr,
+    prepared_vectors_ptr,
+    prepared_up_bias_ptr,
     stats_ptr,
     pre_ptr,
-    vectors_ptr,
     grad_x_ptr,
     grad_skip_ptr,
     hidden_ptr,
@@ -158,8 +131,13 @@ def sparse_adapter_bwd_input_kernel(
     dropout_scale,
     WIDTH: tl.constexpr,
     BOTTLENECK: tl.constexpr,
+    PADDED_WIDTH: tl.constexpr,
     DOWN_EXPERTS: tl.constexpr,
     UP_EXPERTS: tl.constexpr,
+    DOWN_SPLIT: tl.constexpr,
+    UP_SPLIT: tl.constexpr,
+    BY_EXPERT: tl.constexpr,
+    NORM: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ADD_INPUT: tl.constexpr,
     FORK: tl.constexpr,
@@ -176,7 +154,6 @@ def sparse_adapter_bwd_input_kernel(
     scale_partial_ptr: float32, one number a program.
     """
     EVEN_COLUMNS: tl.constexpr = WIDTH % BLOCK_COLUMNS == 0
-    EVEN_WEIGHTS: tl.constexpr = EVEN_COLUMNS and BOTTLENECK == BLOCK_BOTTLENECK
     if FORK:
         block = tl.program_id(0)
         first_group = block * 0
@@ -200,15 +177,16 @@ def sparse_adapter_bwd_input_kernel(
     grad_pre = tl.zeros([BLOCK_ROWS, BLOCK_BOTTLENECK], tl.float32)
     for index in range(groups_here):
         group = first_group + index
+        up_slot = slot_of(experts_ptr, group, 1, UP_EXPERTS, UP_SPLIT, BY_EXPERT)
+        down_slot = slot_of(experts_ptr, group, 0, DOWN_EXPERTS, DOWN_SPLIT, BY_EXPERT)
+        vectors = prepared_vectors_ptr + down_slot * (2 * BLOCK_BOTTLENECK) + ranks
         grad_pre, pre, scale_part = backward_hidden(
             grad_out_ptr,
-            up_weight_ptr,
-            up_bias_ptr,
-            up_owner_ptr,
-            experts_ptr,
+            prepared_up_ptr + up_slot * (PADDED_WIDTH * BLOCK_BOTTLENECK) + ranks[None, :],
+            prepared_up_bias_ptr + up_slot * PADDED_WIDTH,
+            tl.load(vectors),
             seed_ptr,
             pre_ptr,
-            vectors_ptr,
             hidden_ptr,
             grad_pre_ptr,
             group,
@@ -222,7 +200,6 @@ def sparse_adapter_bwd_input_kernel(
             scale_partial_ptr is not None,
             WIDTH,
             BOTTLENECK,
-            UP_EXPERTS,
             ACTIVATION,
             FIRST_SAMPLE,
             PRODUCT,
@@ -232,22 +209,22 @@ def sparse_adapter_bwd_input_kernel(
             BLOCK_BOTTLENECK,
         )
         scale_rows += scale_part
-        if norm_weight_ptr is not None:
-            weight_sums = tl.load(vectors_ptr + (group * 2 + 1) * BOTTLENECK + ranks, mask=rank_valid, other=0.0)
+        if NORM:
+            weight_sums = tl.load(vectors + BLOCK_BOTTLENECK)
             grad_mean += tl.sum(grad_pre * weight_sums[None, :], axis=1) / WIDTH
             grad_product_mean += tl.sum(grad_pre * pre, axis=1) / WIDTH
     if scale_partial_ptr is not None:
         tl.store(scale_partial_ptr + tl.program_id(0), tl.sum(scale_rows, axis=0))
 
     if grad_x_ptr is not None or grad_skip_ptr is not None:
-        if norm_weight_ptr is not None:
+        if NORM:
             mean = tl.load(stats_ptr + in_rows * 2)
             rstd = tl.load(stats_ptr + in_rows * 2 + 1)
         if FORK:
             tl.debug_barrier()  # the groups' t, written above, are read again below by other threads
         grad_pre_tile = grad_pre.to(PRODUCT)
         # What one group alone reads is read one block ahead, so that memory is busy during this block's product.
-        NEED_X: tl.constexpr = norm_weight_ptr is not None and grad_x_ptr is not None
+        NEED_X: tl.constexpr = NORM and grad_x_ptr is not None
         NEED_DIRECT: tl.constexpr = ADD_INPUT or grad_skip_ptr is not None
         x_rows = x_ptr + in_rows[:, None] * WIDTH
         columns = tl.arange(0, BLOCK_COLUMNS)
@@ -271,8 +248,6 @@ def sparse_adapter_bwd_input_kernel(
                 else:
                     direct = next_grad
                     next_grad = load_tile(grad_rows + ahead, ahead < WIDTH, False)
-            if norm_weight_ptr is not None:
-                norm_weight = load_tile(norm_weight_ptr + columns, column_valid, EVEN_COLUMNS).to(tl.float32)
             grad_normed = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)  # dn
             for index in range(groups_here):
                 group = first_group + index
@@ -284,24 +259,15 @@ def sparse_adapter_bwd_input_kernel(
                     grad_pre_rows = grad_pre_ptr + out_rows[:, None] * BOTTLENECK + ranks[None, :]
                     grad_pre_tile = tl.load(grad_pre_rows, mask=rank_valid[None, :], other=0.0)
                 if grad_x_ptr is not None:
-                    weight = weight_tile(
-                        down_weight_ptr,
-                        down_init_ptr,
-                        down_owner_ptr,
-                        ranks[:, None] * WIDTH + columns[None, :],
-                        rank_valid[:, None] & column_valid[None, :],
-                        tl.load(experts_ptr + 2 * group),
-                        1.0 / DOWN_EXPERTS,
-                        EVEN_WEIGHTS,
-                    )
-                    if norm_weight_ptr is not None:
-                        weight *= norm_weight[None, :]
-                    grad_normed = tl.dot(grad_pre_tile, weight.to(PRODUCT), grad_normed, input_precision=PRECISION)
+                    down_slot = slot_of(experts_ptr, group, 0, DOWN_EXPERTS, DOWN_SPLIT, BY_EXPERT)
+                    down_tile = prepared_down_ptr + down_slot * (BLOCK_BOTTLENECK * PADDED_WIDTH)
+                    weight = tl.load(down_tile + ranks[:, None] * PADDED_WIDTH + columns[None, :])
+                    grad_normed = tl.dot(grad_pre_tile, weight, grad_normed, input_precision=PRECISION)
             if grad_skip_ptr is not None:
                 tl.store(grad_skip_ptr + tile, direct.to(grad_skip_ptr.dtype.element_ty), mask=tile_valid)
             if grad_x_ptr is not None:
                 grad_x = grad_normed
-                if norm_weight_ptr is not None:
+                if NORM:
                     normed = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
                     grad_x = grad_x - grad_mean[:, None] - normed * grad_product_mean[:, None]
                     grad_x *= rstd[:, None]

@@ -20,8 +20,8 @@ Bytes, for M rows of out (T rows of x, T = M, or M / V when forked), s bytes an 
     read x: T D s, skip: T D s, and x again in the second pass, from the L2 cache: a program meets the same rows
     microseconds later (the rows in flight, programs * BLOCK_ROWS * D * s, must fit there);
     write out: M D s; for backward: `pre` M r s and the statistics 8 T;
-    weights: 4 D r a projection, D r more where it is split and 4 D r where it has W0, for each program, from the L2
-    cache: BLOCK_ROWS amortises them.
+    weights: 2 D r s for each program, from the L2 cache, as prepare_weights.py leaves them: masked, rounded and with
+    the norm's weight in them. BLOCK_ROWS amortises them.
 """
 
 from __future__ import annotations
@@ -33,11 +33,10 @@ from mosa_fast.kernels.device_functions import (
     READ_AGAIN,
     READ_ONCE,
     activate,
-    bias_vector,
     dropout_factor,
     load_tile,
     mask_if,
-    weight_tile,
+    slot_of,
 )
 
 
@@ -45,22 +44,16 @@ from mosa_fast.kernels.device_functions import (
 def sparse_adapter_fwd_kernel(
     x_ptr,
     skip_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
-    down_weight_ptr,
-    down_bias_ptr,
-    up_weight_ptr,
-    up_bias_ptr,
-    down_init_ptr,
-    down_owner_ptr,
-    up_owner_ptr,
     experts_ptr,
     scale_tensor_ptr,
     seed_ptr,
+    prepared_down_ptr,
+    prepared_up_ptr,
+    prepared_vectors_ptr,
+    prepared_up_bias_ptr,
     out_ptr,
     stats_ptr,
     pre_ptr,
-    vectors_ptr,
     rows_per_group,
     tokens,
     groups,
@@ -70,8 +63,13 @@ def sparse_adapter_fwd_kernel(
     eps,
     WIDTH: tl.constexpr,
     BOTTLENECK: tl.constexpr,
+    PADDED_WIDTH: tl.constexpr,
     DOWN_EXPERTS: tl.constexpr,
     UP_EXPERTS: tl.constexpr,
+    DOWN_SPLIT: tl.constexpr,
+    UP_SPLIT: tl.constexpr,
+    BY_EXPERT: tl.constexpr,
+    NORM: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ADD_INPUT: tl.constexpr,
     FORK: tl.constexpr,
@@ -84,12 +82,11 @@ def sparse_adapter_fwd_kernel(
 ):
     """One program: BLOCK_ROWS rows of one group. The groups of a row block are neighbours: a fork finds x in L2."""
     EVEN_COLUMNS: tl.constexpr = WIDTH % BLOCK_COLUMNS == 0
-    EVEN_WEIGHTS: tl.constexpr = EVEN_COLUMNS and BOTTLENECK == BLOCK_BOTTLENECK
     FIRST_COLUMNS: tl.constexpr = BLOCK_COLUMNS if BLOCK_COLUMNS < WIDTH else WIDTH
     block = tl.program_id(0) // groups
     group = tl.program_id(0) % groups
-    down_expert = tl.load(experts_ptr + 2 * group)
-    up_expert = tl.load(experts_ptr + 2 * group + 1)
+    down_slot = slot_of(experts_ptr, group, 0, DOWN_EXPERTS, DOWN_SPLIT, BY_EXPERT)
+    up_slot = slot_of(experts_ptr, group, 1, UP_EXPERTS, UP_SPLIT, BY_EXPERT)
 
     # Rows past the group's end read its last row again and are not stored: no masks on the loads.
     rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -100,12 +97,14 @@ def sparse_adapter_fwd_kernel(
     ranks = tl.arange(0, BLOCK_BOTTLENECK)
     rank_valid = ranks < BOTTLENECK
     x_rows = x_ptr + in_rows[:, None] * WIDTH
+    down_rows = prepared_down_ptr + down_slot * (BLOCK_BOTTLENECK * PADDED_WIDTH) + ranks[:, None] * PADDED_WIDTH
+    up_ranks = prepared_up_ptr + up_slot * (PADDED_WIDTH * BLOCK_BOTTLENECK) + ranks[None, :]
+    vectors = prepared_vectors_ptr + down_slot * (2 * BLOCK_BOTTLENECK) + ranks
+    up_bias_ptr = prepared_up_bias_ptr + up_slot * PADDED_WIDTH
 
     # Pass 1: statistics and projection.
     projected = tl.zeros([BLOCK_ROWS, BLOCK_BOTTLENECK], tl.float32)
-    weight_bias = tl.zeros([BLOCK_BOTTLENECK], tl.float32)  # W b
-    weight_sums = tl.zeros([BLOCK_BOTTLENECK], tl.float32)  # w
-    if norm_weight_ptr is not None:
+    if NORM:
         columns = tl.arange(0, BLOCK_COLUMNS)
         first = load_tile(x_rows + columns[None, :], columns[None, :] < WIDTH, EVEN_COLUMNS).to(tl.float32)
         pivot = tl.sum(first, axis=1) / FIRST_COLUMNS
@@ -117,52 +116,26 @@ def sparse_adapter_fwd_kernel(
         # Kept in L2 for the second pass, if there is one.
         EVICTION: tl.constexpr = READ_AGAIN if ADD_INPUT else READ_ONCE
         x = load_tile(x_rows + columns[None, :], column_valid[None, :], EVEN_COLUMNS, EVICTION).to(tl.float32)
-        weight = weight_tile(
-            down_weight_ptr,
-            down_init_ptr,
-            down_owner_ptr,
-            ranks[:, None] * WIDTH + columns[None, :],
-            rank_valid[:, None] & column_valid[None, :],
-            down_expert,
-            1.0 / DOWN_EXPERTS,
-            EVEN_WEIGHTS,
-        )
-        if norm_weight_ptr is not None:
+        weight = tl.load(down_rows + columns[None, :])
+        if NORM:
             x -= pivot[:, None]
             if not EVEN_COLUMNS:
                 x = tl.where(column_valid[None, :], x, 0.0)
             total += tl.sum(x, axis=1)
             squares += tl.sum(x * x, axis=1)
-            norm_bias = load_tile(norm_bias_ptr + columns, column_valid, EVEN_COLUMNS).to(tl.float32)
-            norm_weight = load_tile(norm_weight_ptr + columns, column_valid, EVEN_COLUMNS).to(tl.float32)
-            weight_bias += tl.sum(weight * norm_bias[None, :], axis=1)
-            # Rounded as the product rounds it, so that the mean cancels exactly.
-            weight = (weight * norm_weight[None, :]).to(PRODUCT)
-            weight_sums += tl.sum(weight.to(tl.float32), axis=1)
-        projected = tl.dot(x.to(PRODUCT), tl.trans(weight.to(PRODUCT)), projected, input_precision=PRECISION)
+        projected = tl.dot(x.to(PRODUCT), tl.trans(weight), projected, input_precision=PRECISION)
 
-    if norm_weight_ptr is not None:
+    if NORM:
         mean = total / WIDTH
         rstd = tl.rsqrt(tl.maximum(squares / WIDTH - mean * mean, 0.0) + eps)
+        weight_sums = tl.load(vectors + BLOCK_BOTTLENECK)
         projected = rstd[:, None] * (projected - mean[:, None] * weight_sums[None, :])
-    bias = weight_bias + bias_vector(
-        down_bias_ptr,
-        ranks,
-        rank_valid,
-        BOTTLENECK,
-        down_expert,
-        1.0 / DOWN_EXPERTS,
-        DOWN_EXPERTS,
-        down_owner_ptr is not None,
-    )
+    bias = tl.load(vectors)
 
     if pre_ptr is not None:  # backward will come
         pre_rows = pre_ptr + out_rows[:, None] * BOTTLENECK
         tl.store(pre_rows + ranks[None, :], projected.to(PRODUCT), mask=row_valid[:, None] & rank_valid[None, :])
-        first_block = mask_if(rank_valid, block == 0)
-        tl.store(vectors_ptr + group * 2 * BOTTLENECK + ranks, bias, mask=first_block)
-        tl.store(vectors_ptr + (group * 2 + 1) * BOTTLENECK + ranks, weight_sums, mask=first_block)
-        if norm_weight_ptr is not None:
+        if NORM:
             writes = mask_if(row_valid, group == 0) if FORK else row_valid
             tl.store(stats_ptr + in_rows * 2, pivot + mean, mask=writes)
             tl.store(stats_ptr + in_rows * 2 + 1, rstd, mask=writes)
@@ -194,27 +167,9 @@ def sparse_adapter_fwd_kernel(
         if skip_ptr is not None:
             skip = next_skip
             next_skip = load_tile(skip_rows + ahead, ahead < WIDTH, False, READ_ONCE)
-        weight = weight_tile(
-            up_weight_ptr,
-            None,
-            up_owner_ptr,
-            columns[:, None] * BOTTLENECK + ranks[None, :],
-            column_valid[:, None] & rank_valid[None, :],
-            up_expert,
-            1.0 / UP_EXPERTS,
-            EVEN_WEIGHTS,
-        )
-        update = tl.dot(hidden, tl.trans(weight.to(PRODUCT)), input_precision=PRECISION)
-        up_bias = bias_vector(
-            up_bias_ptr,
-            columns,
-            column_valid,
-            WIDTH,
-            up_expert,
-            1.0 / UP_EXPERTS,
-            UP_EXPERTS,
-            up_owner_ptr is not None,
-        )
+        weight = tl.load(up_ranks + columns[:, None] * BLOCK_BOTTLENECK)
+        update = tl.dot(hidden, tl.trans(weight), input_precision=PRECISION)
+        up_bias = tl.load(up_bias_ptr + columns)
         update = (update + up_bias[None, :]) * scale
         if ADD_INPUT:
             update += x.to(tl.float32)

@@ -68,11 +68,14 @@ def biases(model: nn.Module, heads: Sequence[nn.Module], blocks: int) -> Iterabl
 
 
 def last_blocks(model: nn.Module, heads: Sequence[nn.Module], blocks: int) -> Iterable[nn.Parameter]:
-    """The last `blocks` blocks, the final norm and the heads; ValueError where timm's model has no `blocks`."""
+    """The last `blocks` blocks, the final norm and the heads; ValueError where a model has not so many `blocks`."""
     found = {name: match[0] for name, _ in model.named_parameters() if (match := BLOCK.match(name))}
     if not found:
         raise ValueError(f"method partial needs a model made of blocks, {type(model).__name__} has none of that name")
-    last = list(dict.fromkeys(found.values()))[-blocks:]
+    names = list(dict.fromkeys(found.values()))
+    if blocks > len(names):
+        raise ValueError(f"partial_blocks must be at most {len(names)}, which the model has, got {blocks}")
+    last = names[-blocks:]
     for name, parameter in model.named_parameters():
         if found.get(name) in last or FINAL_NORM.match(name):
             yield parameter

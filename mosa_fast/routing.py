@@ -7,6 +7,7 @@ checkpointing recomputes with them, and a captured CUDA graph only needs the ste
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 
 from mosa_fast.ops.philox import philox
+from mosa_fast.ops.prepare_weights import PreparedWeights
 
 # First words of the counter, one for each purpose, so that no two purposes draw the same numbers.
-_EXPERTS, _DROPOUT, _STEP = 1, 2, 3
+_PASS, _STEP = 1, 2
 
 
 @dataclass
@@ -39,11 +41,13 @@ class BlockRouting(NamedTuple):
         experts: int32 `[n, V, 2]`, for each of the block's n adapters in the order they run.
         seeds: int64 `[n, 2]`.
         fork: the block is given B samples and makes V * B of them.
+        prepared: for each adapter what kernels read of its weights; None where it prepares that by itself.
     """
 
     experts: Tensor
     seeds: Tensor
     fork: bool = False
+    prepared: Sequence[PreparedWeights] | None = None
 
 
 def step_seed(seed: int, step: int | Tensor, first_sample: int = 0, device: torch.device | None = None) -> Tensor:
@@ -74,13 +78,13 @@ def draw(seed: Tensor, layers: int, views: int, experts: int) -> Routing:
     """
     key, device = seed[0], seed.device
     first_sample = seed[1] if seed.numel() == 2 else torch.zeros_like(key)
-    layer = torch.arange(layers, device=device)
-    zero = torch.zeros_like(layer)
-    view = torch.arange(views, device=device)
-    words = philox(key, (zero[:, None] + _EXPERTS, layer[:, None], view, zero[:, None]))
+    zero = torch.zeros_like(key)
+    # One call: of each layer, the dropout key and then the experts of every view.
+    layer, column = torch.arange(layers, device=device)[:, None], torch.arange(1 + views, device=device)
+    words = philox(key, (zero + _PASS, layer, column, zero))
     # Where E does not divide 2^32, the smallest ids come a little more often: by less than one in 2^32 draws.
-    drawn = torch.stack(words[:2], dim=-1) % experts
-    keys = _key64(philox(key, (zero + _DROPOUT, layer, zero, zero)))
+    drawn = torch.stack(words[:2], dim=-1)[:, 1:] % experts
+    keys = _key64(words)[:, 0]
     return Routing(drawn.to(torch.int32), torch.stack([keys, first_sample.expand(layers)], dim=-1))
 
 

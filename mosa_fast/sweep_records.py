@@ -97,10 +97,16 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is broken: {error}") from None
-        if not isinstance(record, dict) or not record.keys() >= set(LABELS):
+        if not _is_record(record):
             raise ValueError(f"{path}, line {number} is broken: no record of a run")
         found.append(record)
     return found
+
+
+def _is_record(value: Any) -> bool:
+    if not isinstance(value, dict) or not value.keys() >= set(LABELS):
+        return False
+    return isinstance(value["options"], list) and all(isinstance(word, str) for word in value["options"])
 
 
 def _key(labels: Mapping[str, Any]) -> str:

@@ -147,6 +147,11 @@ CASES = [
     Case("feature_maps", shape=(2, 3)),
     Case("far_from_zero", offset=30.0),
     Case("several_segments_a_slice", samples=12, tokens=3, groups=((0, 1), (1, 2), (2, 0), (-1, 1), (0, -1), (1, 0))),
+    Case(
+        "more_groups_than_experts_and_ids_out_of_range",
+        samples=6,
+        groups=((7, 300), (-2, 255), (-1, 2), (2, -1), (0, 1), (1, 0)),
+    ),
     Case("pieces_of_a_group", samples=2, tokens=90, width=64, groups=((0, 1),)),
 ]
 

@@ -28,6 +28,12 @@ def test_ranks_draw_the_same_experts_and_dropout_keys_but_count_samples_globally
     assert len(set(first.seeds[:, 0].tolist())) == 4  # layers differ
 
 
+def test_further_views_and_layers_change_no_draw():
+    few, many = draw(step_seed(3, 9), 2, 1, 5), draw(step_seed(3, 9), 6, 3, 5)
+    assert torch.equal(few.experts, many.experts[:2, :1])
+    assert torch.equal(few.seeds, many.seeds[:2])
+
+
 def test_every_number_of_experts_is_reached():
     assert set(draw(step_seed(0, 0), 5000, 2, 255).experts.flatten().tolist()) == set(range(255))
     assert draw(step_seed(0, 0), 3, 2, 1).experts.eq(0).all()

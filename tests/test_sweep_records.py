@@ -60,7 +60,9 @@ def test_a_last_record_that_was_cut_short_is_written_again_and_other_damage_is_n
         sweep(rows, [1, 2], {}, tmp_path, records=records)
 
 
-@pytest.mark.parametrize("value", ["[]", "{}", "1"])
+@pytest.mark.parametrize(
+    "value", ["[]", "{}", "1", *(f'{{"recipe": "a", "options": {o}, "seed": 1, "search": true}}' for o in ("1", "[1]"))]
+)
 def test_a_line_that_is_no_record_is_named(tmp_path, value):
     (tmp_path / "records.jsonl").write_text(value + "\n")
     with pytest.raises(ValueError, match=r"records\.jsonl, line 1 is broken: no record of a run"):

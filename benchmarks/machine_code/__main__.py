@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
 from benchmarks.machine import environment
 from benchmarks.machine_code import results as files
@@ -65,6 +66,11 @@ def main() -> None:
             old = files.read(options.compare)
         except ValueError as error:
             parser.error(f"--compare: {error}")
+        versions = {row["triton"] for row in old["rows"]}
+        if triton.__version__ not in versions:
+            made = " and ".join(sorted(versions))
+            print(f"Not compared: the file counts the machine code of Triton {made}, here is {triton.__version__}")
+            return
     chips = [replace(CHIPS[name], **given) for name in options.chips]
     if options.kinds:
         cases = [Case(kind, options.width, options.bottleneck, options.images) for kind in options.kinds]
@@ -72,9 +78,12 @@ def main() -> None:
         cases = checked_cases() if options.checked else all_cases()
 
     rows = []
-    for found in count(cases, chips, options.workers):
-        rows += found
-        print(_layer(found), flush=True)
+    try:
+        for found in count(cases, chips, options.workers):
+            rows += found
+            print(_layer(found), flush=True)
+    except ValueError as error:  # a kernel is not as `traffic.py` says
+        parser.error(str(error))
     results: dict[str, Any] = {
         "environment": environment(torch.device("cpu")),
         "chips": [asdict(chip) for chip in chips],

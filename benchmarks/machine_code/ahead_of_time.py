@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,13 +21,16 @@ from triton.compiler import ASTSource
 from mosa_fast.ops import (
     adapter_bank_triton,
     launching,
+    prepare_weights,
+    prepare_weights_triton,
     sparse_adapter_triton,
     sparse_lora_triton,
     triton_launching,
     triton_tiles,
 )
-from mosa_fast.ops.call import Call
+from mosa_fast.ops.call import Call, SparseAdapterCall
 from mosa_fast.ops.evaluation_operator import EVALUATION_OPERATORS
+from mosa_fast.ops.prepare_weights import MasterWeights, Preparation
 from mosa_fast.ops.registration import OPERATORS
 from mosa_fast.ops.triton_tiles import Tile
 
@@ -106,6 +109,9 @@ def recording(architecture: str, multiprocessors: int) -> Iterator[list[Launch]]
 def launches(c: Call, architecture: str, multiprocessors: int = MULTIPROCESSORS) -> list[Launch]:
     """What a forward and a backward (if it has one) of this call launch, with every gradient wanted."""
     launchers = LAUNCHERS[c.NAME]
+    if isinstance(c, SparseAdapterCall):
+        prepared = prepare_weights.results(preparation(c, 1), "triton")
+        c = replace(c, **{f"prepared_{name}": tensor[0] for name, tensor in prepared._asdict().items()})
     with recording(architecture, multiprocessors) as recorded:
         if c.NAME in EVALUATION_OPERATORS:
             launchers.forward(c, EVALUATION_OPERATORS[c.NAME].result(c))
@@ -121,14 +127,34 @@ def launches(c: Call, architecture: str, multiprocessors: int = MULTIPROCESSORS)
     return recorded
 
 
+def preparing(c: SparseAdapterCall, layers: int, architecture: str) -> list[Launch]:
+    """What is launched to prepare the weights of so many layers, each as those of this call."""
+    call = preparation(c, layers)
+    with recording(architecture, MULTIPROCESSORS) as recorded:
+        prepare_weights_triton.forward(call, prepare_weights.results(call, "triton"))
+    return recorded
+
+
+def preparation(c: SparseAdapterCall, layers: int) -> Preparation:
+    """The call that prepares the weights of so many layers."""
+    tensors = (getattr(c, name) for name in MasterWeights._fields)
+    lists = [[] if tensor is None else [tensor] * layers for tensor in tensors]
+    return Preparation.of(lists, c.experts.expand(layers, *c.experts.shape), c.product_dtype)
+
+
 def compile_launch(launch: Launch, architecture: str) -> Compiled:
     """Compile what was recorded as the just-in-time compiler would with aligned pointers."""
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
         specialised = not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and specialised):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, tuple):  # of tensors
+            signature[parameter.name] = tuple(TYPES[tensor.dtype] for tensor in value)
+            attributes |= {(index, place): ALIGNED for place in range(len(value))}
         elif isinstance(value, torch.Tensor):
             signature[parameter.name], attributes[(index,)] = TYPES[value.dtype], ALIGNED
         elif isinstance(value, float):

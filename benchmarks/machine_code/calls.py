@@ -27,8 +27,8 @@ def without_data(
     for name, facts in kind.TENSORS.items():
         if name not in given:
             dtype = facts.dtype or dtypes.get(name, torch.float32)
-            shape = () if name in absent else shape_of(facts, sizes)
-            given[name] = None if name in absent else torch.empty(shape, dtype=dtype, device="meta")
+            left_out = name in absent or facts.shape is None
+            given[name] = None if left_out else torch.empty(shape_of(facts, sizes), dtype=dtype, device="meta")
     return kind(**given)
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from benchmarks.machine_code.ahead_of_time import Launch
 from mosa_fast.ops.call import SparseAdapterCall
+from mosa_fast.ops.slots import padded_rank, padded_width
 
 Loops = tuple[tuple[int, "Loops"], ...]  # of each: trips, and the loops inside
 
@@ -70,7 +71,7 @@ def forward(c: SparseAdapterCall, launch: Launch) -> Traffic:
         streamed=x + skip,
         again=x * (2 * readers - 1) + skip * (readers - 1),
         span=rows * c.width * c.x.dtype.itemsize // readers,
-        shared=_down(c) + _up(c) + 2 * FLOAT * c.width + FLOAT * c.width,
+        shared=_prepared(c),
         written=out + saved,
         planned=x + skip + out,
         loops=((steps, ()), (steps, ())),
@@ -88,7 +89,7 @@ def backward_input(c: SparseAdapterCall, launch: Launch) -> Traffic:
         streamed=grad + x + _ranks(c) + 2 * FLOAT * c.in_rows,
         again=grad + (_ranks(c) if c.fork else 0),
         span=rows * c.width * c.out_dtype.itemsize * groups,
-        shared=(_down(c) + _up(c)) * groups + FLOAT * c.width,
+        shared=_prepared(c) * groups,
         written=x + grad_skip + 2 * _ranks(c),
         planned=grad + 2 * x + grad_skip,
         loops=((groups, ((steps, ()),)), (steps, ((groups, ()),))) if c.fork else ((steps, ()), (steps, ())),
@@ -139,7 +140,21 @@ def sum_segments(c: SparseAdapterCall, launch: Launch) -> Traffic:
     )
 
 
+def prepare_weights(c: SparseAdapterCall, launch: Launch) -> Traffic:
+    """Each layer's weights once, again for every further slot, and what is made of them."""
+    layers, slots = len(launch.arguments["down_weight_ptrs"]), c.slots
+    down, up = _down(c), _up(c)
+    made = slots.down * _bytes_prepared(c, "down") + slots.up * _bytes_prepared(c, "up")
+    return Traffic(
+        streamed=layers * (down + up),
+        again=layers * ((slots.down - 1) * down + (slots.up - 1) * up),
+        written=layers * made,
+        waits=ceil(padded_width(c.width) / launch.tile.columns),  # the compiler unrolls the loop of the down-projection
+    )
+
+
 KERNELS: dict[str, Callable[[SparseAdapterCall, Launch], Traffic]] = {
+    "prepare_weights_kernel": prepare_weights,
     "sparse_adapter_fwd_kernel": forward,
     "sparse_adapter_bwd_input_kernel": backward_input,
     "sparse_adapter_bwd_weight_kernel": backward_weight,
@@ -158,14 +173,25 @@ def _ranks(c: SparseAdapterCall) -> int:
 
 
 def _down(c: SparseAdapterCall) -> int:
-    """The down-projection as kernels read it: the weight, its owner and W0."""
+    """The down-projection: the weight, its owner and W0."""
     initial = 0 if c.down_init is None else FLOAT
     return c.down_weight.numel() * (FLOAT + initial + (0 if c.down_owner is None else OWNER))
 
 
 def _up(c: SparseAdapterCall) -> int:
-    """The up-projection as kernels read it: the weight and its owner."""
+    """The up-projection: the weight and its owner."""
     return c.up_weight.numel() * (FLOAT + (0 if c.up_owner is None else OWNER))
+
+
+def _prepared(c: SparseAdapterCall) -> int:
+    """The weights that a group computes with, and its vectors."""
+    return _bytes_prepared(c, "down") + _bytes_prepared(c, "up")
+
+
+def _bytes_prepared(c: SparseAdapterCall, projection: str) -> int:
+    """One slot of one projection, with its vectors."""
+    width, rank = padded_width(c.width), padded_rank(c.bottleneck, "triton")
+    return width * rank * c.product_dtype.itemsize + FLOAT * (2 * rank if projection == "down" else width)
 
 
 def _owners(c: SparseAdapterCall) -> int:

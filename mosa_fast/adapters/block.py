@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +18,9 @@ from mosa_fast.adapters.seams import seam_of
 from mosa_fast.adapters.wrapper import Wrapper
 from mosa_fast.backbones.frozen import draws_random_numbers
 from mosa_fast.nn import SparseAdapter
+from mosa_fast.ops.backends import resolve_backend
+from mosa_fast.ops.call import SparseAdapterCall, product_dtype_of
+from mosa_fast.ops.prepare_weights import PreparedWeights, prepare_weights
 from mosa_fast.routing import BlockRouting, Routing
 
 NOT_ROUTED = (
@@ -86,7 +90,9 @@ class AdaptedBlock(Wrapper):
         seam, run = seam_of(self.block), placement_of(self.placement).run
         attend = functools.partial(seam.attention, self.block, x, *args, **kwargs)
         if why_branch(self) is None:
-            total = self.adapters()[0].with_mlp(attend(), frozen_mlp(self), **routed_arguments(routing, 0))
+            arguments = routed_arguments(routing, 0)
+            arguments.pop("prepared", None)  # for kernels
+            total = self.adapters()[0].with_mlp(attend(), frozen_mlp(self), **arguments)
         else:
             total = run(self.block, seam, self.linears or self.adapters(), attend, routing)
         return seam.output(self.block, total)
@@ -128,10 +134,34 @@ def routed(
             block.outputs = block_outputs
         if routing is not None:
             sizes = [block.draws for block in blocks]
+            prepared = prepare(blocks, routing.experts)
             parts = zip(blocks, routing.experts.split(sizes), routing.seeds.split(sizes), strict=True)
+            first = 0
             for index, (block, experts, seeds) in enumerate(parts):
-                block.routing = BlockRouting(experts, seeds, fork and index == 0)
+                own = None if prepared is None else prepared[first : first + sizes[index]]
+                block.routing = BlockRouting(experts, seeds, fork and index == 0, own)
+                first += sizes[index]
         yield
     finally:
         for block in blocks:
             block.routing = block.outputs = None
+
+
+def prepare(blocks: Sequence[AdaptedBlock], experts: Tensor) -> list[PreparedWeights] | None:
+    """What kernels read of the weights of all adapters in the blocks, for these experts `[adapters, V, 2]`.
+
+    None where nothing is prepared: for the reference, for low-rank pairs, where an adapter is not what it was made as
+    (wrapped, say), and for experts that the operator will refuse: each layer then does by itself.
+    """
+    layers = [adapter for block in blocks for adapter in block.adapters()]
+    if any(type(layer) is not SparseAdapter for layer in layers):
+        return None
+    if experts.dtype != torch.int32 or experts.device != layers[0].down.weight.device:
+        return None
+    # The stream's dtype, which a block is yet to be given: should it be another one, the layers prepare by themselves.
+    stream = next(p.dtype for p in blocks[0].block.parameters() if p.is_floating_point())
+    backend = resolve_backend(experts.device, stream, SparseAdapterCall.NAME)
+    if backend == "reference":
+        return None
+    weights = [layer.weights(layer.down.init) for layer in layers]
+    return prepare_weights(weights, experts, product_dtype_of(experts.device, stream), backend)

@@ -143,4 +143,9 @@ def routed_arguments(routing: BlockRouting | None, index: int) -> dict[str, Any]
     """What a block's adapter is called with: its own experts and seed. Only the first one to run parts the views."""
     if routing is None:
         return {}
-    return {"experts": routing.experts[index], "seed": routing.seeds[index], "fork": routing.fork and index == 0}
+    return {
+        "experts": routing.experts[index],
+        "seed": routing.seeds[index],
+        "fork": routing.fork and index == 0,
+        "prepared": None if routing.prepared is None else routing.prepared[index],
+    }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mosa_fast.config import MoSAConfig
+from mosa_fast.nn.kept import Kept
 from mosa_fast.nn.projection import SparseProjection
 from mosa_fast.ops.reference import MERGED
 from mosa_fast.routing import as_seed, draw
@@ -34,6 +35,7 @@ class MixtureLayer(nn.Module):
 
     def __init__(self, config: MoSAConfig, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         super().__init__()
+        self._kept = Kept()
         if config.scale == "auto":
             raise ValueError("scale must be given to a layer: 'auto' is for a placement in a model to choose")
         self.config = config
@@ -66,12 +68,40 @@ class MixtureLayer(nn.Module):
         experts = torch.full((self.draws, 1, 2), FIXED if fixed else MERGED, dtype=torch.int32, device=device)
         return experts, None if self.config.merge == "joint" and not fixed else init
 
+    def sources(self) -> tuple[Tensor | None, ...]:
+        """All that evaluation's weights are made from."""
+        return *self.down.sources(), *self.up.sources()
+
+    @property
+    def evaluated(self) -> int | None:
+        """The expert that evaluation computes with; None: all of them, merged."""
+        return FIXED if self.config.routing == "fixed" else None
+
     def merge(self) -> None:
         """Replace the experts by the dense layer of evaluation, in place (docs/method.md, Merge)."""
-        expert = FIXED if self.config.routing == "fixed" else None
-        self.down.merge(self.config.merge, expert)
-        self.up.merge(self.config.merge, expert)
+        self.down.merge(self.config.merge, self.evaluated)
+        self.up.merge(self.config.merge, self.evaluated)
         self.config = replace(self.config, experts=1)
+
+    def merged(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Weight and bias of both projections as evaluation computes with them: what `merge` would leave."""
+        rule = self.config.merge
+        return *self.down.dense(rule, self.evaluated), *self.up.dense(rule, self.evaluated)
+
+    def train(self, mode: bool = True) -> MixtureLayer:
+        """Set the mode; what was kept for evaluation is dropped."""
+        self._kept = Kept()
+        super().train(mode)
+        return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> MixtureLayer:
+        self._kept = Kept()  # weights of another type or place
+        super()._apply(*args, **kwargs)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: not what is kept."""
+        return self.__dict__ | {"_kept": Kept()}
 
     @property
     def merged_parameters(self) -> int:

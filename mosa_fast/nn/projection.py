@@ -83,23 +83,41 @@ class SparseProjection(nn.Module):
         return self.bias * (self.bias_owner == ids[:, None])
 
     @torch.no_grad()
-    def merge(self, rule: MergeRule, expert: int | None = None) -> None:
-        """Become the dense projection that the experts, or one of them, amount to, in place (docs/method.md, Merge)."""
+    def dense(self, rule: MergeRule, expert: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the dense projection that the experts, or one of them, amount to (docs/method.md, Merge).
+
+        Returns:
+            `[out, in]` and `[1, out]`: the projection's own, where it is dense.
+        """
         if self.owner is None:
-            return
+            return self.weight, self.bias
+        bias = None
         if self.bias is not None:
             rows = self.bias_rows()
             bias = rows.mean(0, keepdim=True) if expert is None else rows[expert : expert + 1].clone()
-            self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
         if expert is not None:
-            weight = torch.where(self.owner == expert, self.weight, 0.0 if self.init is None else self.init)
-        else:
-            weight = self.weight / self.experts
-            if self.init is not None and rule == "mean":
-                weight = weight + self.init * (1 - 1 / self.experts)
+            return torch.where(self.owner == expert, self.weight, 0.0 if self.init is None else self.init), bias
+        weight = self.weight / self.experts
+        if self.init is not None and rule == "mean":
+            weight = weight + self.init * (1 - 1 / self.experts)
+        return weight, bias
+
+    @torch.no_grad()
+    def merge(self, rule: MergeRule, expert: int | None = None) -> None:
+        """Become that dense projection, in place."""
+        if self.owner is None:
+            return
+        weight, bias = self.dense(rule, expert)
         self.weight.copy_(weight)
+        if self.bias is not None:
+            assert bias is not None
+            self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
         self.owner = self.init = self.bias_owner = None
         self.experts = 1
+
+    def sources(self) -> tuple[Tensor | None, ...]:
+        """All that it computes with."""
+        return self.weight, self.bias, self.init, self.owner, self.bias_owner
 
     @property
     def merged_parameters(self) -> int:

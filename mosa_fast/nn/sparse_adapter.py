@@ -12,7 +12,10 @@ from mosa_fast.config import MoSAConfig
 from mosa_fast.nn.mixture import MixtureLayer
 from mosa_fast.nn.projection import SparseProjection
 from mosa_fast.ops import adapted_mlp, sparse_adapter
-from mosa_fast.ops.call import describe
+from mosa_fast.ops.backends import resolve_backend
+from mosa_fast.ops.call import SparseAdapterCall, describe, product_dtype
+from mosa_fast.ops.prepare_weights import MasterWeights, PreparedWeights, prepare_weights
+from mosa_fast.ops.reference import MERGED
 from mosa_fast.routing import as_seed
 
 SCALE = DROPOUT = 0.1  # AdaptFormer's, since a layer that stands alone is an adapter beside a branch
@@ -153,6 +156,7 @@ class SparseAdapter(MixtureLayer):
         seed: Tensor | int | None = None,
         fork: bool = False,
         add_input: bool = True,
+        prepared: PreparedWeights | None = None,
     ) -> Tensor:
         """Apply the adapter.
 
@@ -165,15 +169,25 @@ class SparseAdapter(MixtureLayer):
             seed: of the dropout and of the draw: an int, or int64 `[1]` or `[2]` (`mosa_fast.routing`). None: fresh.
             fork: let each of the V groups read all of x.
             add_input: add x to the result.
+            prepared: what a model prepared of these weights for these experts, with those of its other layers
+                (`mosa_fast.ops.prepare_weights`); used where it is of the products' dtype.
         """
+        if prepared is not None and prepared.down.dtype != product_dtype(x):
+            prepared = None
+        weights, experts, options, kept = self._pass(x, experts, seed)
+        if kept is not None:
+            prepared = self._prepared_for_evaluation(x, kept)
         return sparse_adapter(
             x,
             skip,
-            **self._arguments(x, experts, seed),
+            *weights,
+            experts,
             activation=self.activation,
             add_input=add_input,
             fork=fork,
             eps=1.0 if self.norm is None else self.norm.eps,
+            prepared=prepared,
+            **options,
         )
 
     def with_mlp(
@@ -193,35 +207,76 @@ class SparseAdapter(MixtureLayer):
                 `mosa_fast.ops.adapted_mlp` has for them.
             experts, seed, fork: as forward's.
         """
-        return adapted_mlp(x, **mlp, **self._arguments(x, experts, seed), fork=fork)
+        weights, experts, options, _ = self._pass(x, experts, seed)
+        return adapted_mlp(x, **mlp, **weights._asdict(), experts=experts, fork=fork, **options)
 
-    def _arguments(self, x: Tensor, experts: Tensor | None, seed: Tensor | int | None) -> dict[str, Any]:
-        """What the operators take of this layer: its weights, their experts, the dropout and its seed."""
+    def _pass(
+        self, x: Tensor, experts: Tensor | None, seed: Tensor | int | None
+    ) -> tuple[MasterWeights, Tensor, dict[str, Any], tuple[Tensor | None, ...] | None]:
+        """What a pass computes with.
+
+        Returns:
+            The weights, their experts, the operators' scale, dropout and seed, and, where the weights are those that
+            evaluation keeps, what they were made from.
+        """
         if x.shape[-1] != self.down.weight.shape[1]:
             raise ValueError(f"x must be [N, ..., {self.down.weight.shape[1]}], got {describe(x)}")
-        norm, dropout = self.norm, self.dropout if self.training else 0.0
+        dropout = self.dropout if self.training else 0.0
         # Nothing is taken from torch's random state where nothing is random.
         random = dropout > 0 or (experts is None and self.draws_experts)
         key = as_seed(seed if random else 0, x.device)
-        down_init = self.down.init
-        if experts is None:
-            own, down_init = self.own_experts(key, x.device)
-            experts = own[0]
-        return {
-            "norm_weight": None if norm is None else norm.weight,
-            "norm_bias": None if norm is None else norm.bias,
-            "down_weight": self.down.weight,
-            "down_bias": self.down.bias_rows(),
-            "up_weight": self.up.weight,
-            "up_bias": self.up.bias_rows(),
-            "down_init": down_init,
-            "down_owner": self.down.owner,
-            "up_owner": self.up.owner,
-            "experts": experts,
-            "scale": self.scale,
-            "dropout": dropout,
-            "seed": key,
-        }
+        options = {"scale": self.scale, "dropout": dropout, "seed": key}
+        if experts is not None:
+            return self.weights(self.down.init), experts, options, None
+        if not self.draws_experts and self._kept.serves(sources := self.sources()):
+            weights, experts = self._kept.get(sources, "merged", self._merged_weights)
+            return weights, experts, options, sources
+        own, down_init = self.own_experts(key, x.device)
+        return self.weights(down_init), own[0], options, None
+
+    def weights(self, down_init: Tensor | None) -> MasterWeights:
+        """The weights as the operator takes them. down_init: W0 of the down-projection, where the pass has it."""
+        norm_weight, norm_bias = (None, None) if self.norm is None else (self.norm.weight, self.norm.bias)
+        down, up = self.down, self.up
+        return MasterWeights(
+            norm_weight,
+            norm_bias,
+            down.weight,
+            down.bias_rows(),
+            up.weight,
+            up.bias_rows(),
+            down_init,
+            down.owner,
+            up.owner,
+        )
+
+    def sources(self) -> tuple[Tensor | None, ...]:
+        """All that evaluation's weights are made from: kernels multiply the norm's into them."""
+        norm = () if self.norm is None else (self.norm.weight, self.norm.bias)
+        return *super().sources(), *norm
+
+    def _merged_weights(self) -> tuple[MasterWeights, Tensor]:
+        """The weights of a dense adapter that computes what evaluation does, and the experts that it is called with."""
+        down_weight, down_bias, up_weight, up_bias = self.merged()
+        assert down_bias is not None
+        assert up_bias is not None
+        norm_weight, norm_bias = (None, None) if self.norm is None else (self.norm.weight, self.norm.bias)
+        experts = torch.full((1, 2), MERGED, dtype=torch.int32, device=down_weight.device)
+        merged = MasterWeights(norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, None, None, None)
+        return merged, experts
+
+    def _prepared_for_evaluation(self, x: Tensor, sources: tuple[Tensor | None, ...]) -> PreparedWeights | None:
+        """What kernels read of the merged weights; None for the reference."""
+        backend = resolve_backend(x.device, x.dtype, SparseAdapterCall.NAME)
+        if backend == "reference":
+            return None
+        dtype = product_dtype(x)
+
+        def prepare() -> PreparedWeights:
+            weights, experts = self._kept.get(sources, "merged", self._merged_weights)
+            return prepare_weights([weights], experts[None], dtype, backend)[0]
+
+        return self._kept.get(sources, (backend, dtype), prepare)
 
     @property
     def merged_parameters(self) -> int:

@@ -13,6 +13,9 @@ from mosa_fast.nn.mixture import MixtureLayer
 from mosa_fast.nn.projection import SparseProjection
 from mosa_fast.ops import sparse_lora
 from mosa_fast.ops.call import describe
+from mosa_fast.ops.reference import MERGED
+
+Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 class SparseLoRA(MixtureLayer):
@@ -99,23 +102,33 @@ class SparseLoRA(MixtureLayer):
         """
         if x.shape[-1] != self.down.weight.shape[1]:
             raise ValueError(f"x must be [N, ..., {self.down.weight.shape[1]}], got {describe(x)}")
-        down_init = self.down.init
-        if experts is None:
+        if experts is not None:
+            weights = self._weights(self.down.init)
+        elif not self.draws_experts and self._kept.serves(sources := self.sources()):
+            weights, experts = self._kept.get(sources, "merged", self._merged_weights)
+        else:
             experts, down_init = self.own_experts(seed, x.device)
+            weights = self._weights(down_init)
         return sparse_lora(
             x,
             y,
-            self.down.weight,
-            self.up.weight,
-            down_init,
-            self.down.owner,
-            self.up.owner,
+            *weights,
             experts,
             columns=self.columns,
             num_experts=self.config.experts,
             scale=self.scale,
             fork=fork,
         )
+
+    def _weights(self, down_init: Tensor | None) -> Weights:
+        """The weights as the operator takes them. down_init: W0 of the down-projections, where the pass has it."""
+        return self.down.weight, self.up.weight, down_init, self.down.owner, self.up.owner
+
+    def _merged_weights(self) -> tuple[Weights, Tensor]:
+        """The weights of dense pairs that compute what evaluation does, and the experts that they are called with."""
+        down, _, up, _ = self.merged()
+        experts = torch.full((self.draws, 1, 2), MERGED, dtype=torch.int32, device=down.device)
+        return (down, up, None, None, None), experts
 
     def extra_repr(self) -> str:
         """What repr shows."""

@@ -70,7 +70,7 @@ def backward(call: AdaptedMLPCall, grad_out: Tensor, saved: Sequence[Tensor], gr
         rows = _rows(c)
         grad = grad_out.view(c.groups, c.rows_per_group, c.width)
         product_grad, grad = grad.to(c.product_dtype), grad.to(c.sum_dtype)
-        grad_t = project(product_grad, up.mT.to(c.product_dtype)).to(c.sum_dtype).mul_(slope)
+        grad_t = _project(product_grad, up.mT.to(c.product_dtype)).to(c.sum_dtype).mul_(slope)
         if c.fork and down.shape[0] == 1:  # what the groups' GELUs read is the same
             grad_t = grad_t.sum(0, keepdim=True)
         if gradients.keys() - {"x"}:
@@ -101,24 +101,28 @@ def _weights(
     """
     norm_weight, norm_bias = _adapter_norm(c)
     down, scale = _expert_down(c), _scale(c)
-    down_ids, up_ids = c.experts.unbind(1)
-    down_bias = expert_bias(c.down_bias, c.down_owner, down_ids).to(c.sum_dtype)
-    up_bias = expert_bias(c.up_bias, c.up_owner, up_ids).to(c.sum_dtype)
+    down_bias = expert_bias(c.down_bias, c.down_owner, c.experts[:, 0]).view(-1, 1, c.bottleneck).to(c.sum_dtype)
     return (
         torch.mul(down, norm_weight, out=saved_down),
         down_bias + (down @ norm_bias).unsqueeze(1),
         torch.mul(_expert_up(c), scale, out=saved_up),
-        up_bias * scale,
+        _expert_up_bias(c) * scale,
     )
 
 
 def _expert_down(c: AdaptedMLPCall) -> Tensor:
     ids = c.experts[:, 0]
-    return expert_weight(c.down_weight, c.down_init, c.down_owner, ids, c.down_bias.shape[0]).to(c.sum_dtype)
+    weight = expert_weight(c.down_weight, c.down_init, c.down_owner, ids, c.down_bias.shape[0])
+    return weight.view(-1, c.bottleneck, c.width).to(c.sum_dtype)
 
 
 def _expert_up(c: AdaptedMLPCall) -> Tensor:
-    return expert_weight(c.up_weight, None, c.up_owner, c.experts[:, 1], c.up_bias.shape[0]).to(c.sum_dtype)
+    weight = expert_weight(c.up_weight, None, c.up_owner, c.experts[:, 1], c.up_bias.shape[0])
+    return weight.view(-1, c.width, c.bottleneck).to(c.sum_dtype)
+
+
+def _expert_up_bias(c: AdaptedMLPCall) -> Tensor:
+    return expert_bias(c.up_bias, c.up_owner, c.experts[:, 1]).view(-1, 1, c.width).to(c.sum_dtype)
 
 
 def _scale(c: AdaptedMLPCall) -> Tensor | float:
@@ -167,7 +171,7 @@ def _adapter_hidden(
 ) -> Tensor:
     """What the adapter's GELU reads: `[V, M / V, r]`, or `[1, T, r]` where all groups read and compute the same."""
     streams = operand.view(1 if c.fork else c.groups, -1, c.width)
-    t = project(streams, down.to(c.product_dtype)).to(c.sum_dtype)
+    t = _project(streams, down.to(c.product_dtype)).to(c.sum_dtype)
     if not _is_raw(c):
         return t + down_bias
     means, rstds = (value.view(*streams.shape[:2], 1) for value in (mean, rstd))
@@ -218,8 +222,8 @@ def _up_gradients(
     weight = _product_over_rows(product_grad, kept, together=c.up_owner is None).to(c.sum_dtype)
     bias = grad.sum(1)
     if "scale_tensor" in gradients:
-        raw_bias = expert_bias(c.up_bias, c.up_owner, ids).to(c.sum_dtype)
-        gradients["scale_tensor"].fill_((weight * _expert_up(c)).sum() + (bias.unsqueeze(1) * raw_bias).sum())
+        total = (weight * _expert_up(c)).sum() + (bias.unsqueeze(1) * _expert_up_bias(c)).sum()
+        gradients["scale_tensor"].fill_(total)
     gradients["up_weight"].copy_(_owned_sum(weight * scale, c.up_owner, ids, experts))
     gradients["up_bias"].copy_(_bias_gradient(bias * scale, c.up_owner, ids, experts))
 
@@ -247,6 +251,11 @@ def _down_gradients(
         down = _expert_down(c)
         gradients["norm_weight"].copy_((folded * down).sum((0, 1)))
         gradients["norm_bias"].copy_((bias.unsqueeze(1) @ down).sum((0, 1)))
+
+
+def _project(x: Tensor, weight: Tensor) -> Tensor:
+    """`project`, of `[G, M, in]` with `[V, out, in]` or `[1, out, in]`."""
+    return project(x, weight[0] if weight.shape[0] == 1 else weight)
 
 
 def _product_over_rows(left: Tensor, right: Tensor, together: bool) -> Tensor:

@@ -6,7 +6,7 @@ import triton
 from torch import Tensor
 
 from mosa_fast.kernels.adapter_bank_fwd import adapter_bank_fwd_kernel
-from mosa_fast.ops import triton_columns, triton_launching, triton_tiles
+from mosa_fast.ops import slots, triton_columns, triton_launching, triton_tiles
 from mosa_fast.ops.call import AdapterBankCall, SparseLoRACall
 from mosa_fast.ops.reference import IDENTITY
 
@@ -25,7 +25,7 @@ def forward(call: AdapterBankCall, out: Tensor) -> None:
         "TRAINED_WIDTH": c.up_weight.shape[1],
         "RANK": c.rank,
         "RANKS": c.ranks,
-        "BLOCK_RANKS": triton_tiles.padded_rank(c.ranks),
+        "BLOCK_RANKS": slots.padded_rank(c.ranks, "triton"),
         "ALL_COLUMNS": all_columns,
         "COLUMN_BLOCKS": triton_columns.blocks(all_columns, tile),
         "EVEN_TARGETS": triton_columns.even(all_columns, tile),

@@ -14,12 +14,12 @@ import torch
 from mosa_fast.ops import extension
 
 BACKENDS = ("reference", "triton", "cuda")
-# The operators that a backend has launchers for. The reference serves all others, too, without: autograd
-# differentiates it.
+# The operators that a backend has launchers for. The reference serves all others without (autograd differentiates
+# it), and prepares no weights.
 KERNELS = {
     "reference": ("adapted_mlp",),
-    "triton": ("sparse_adapter", "sparse_lora", "adapter_bank"),
-    "cuda": ("sparse_adapter",),
+    "triton": ("sparse_adapter", "prepare_weights", "sparse_lora", "adapter_bank"),
+    "cuda": ("sparse_adapter", "prepare_weights"),
 }
 ENVIRONMENT_VARIABLE = "MOSA_FAST_BACKEND"
 LEAST_CAPABILITY = (8, 0)  # Ampere: bfloat16 tensor cores and asynchronous copies

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mosa_fast.ops import philox
+from mosa_fast.ops.slots import Slots, slots_of
 
 SCHEMA_TYPES = {
     Tensor: "Tensor",
@@ -157,6 +158,8 @@ class SparseAdapterCall(Call, name="sparse_adapter"):
     """A call of `mosa_fast.ops.sparse_adapter`, whose docstring says what the arguments mean.
 
     scale_tensor, if given, stands in for scale, since schemas have no unions. seed is None where nothing is dropped.
+    prepared_*: what kernels read in place of the weights (`mosa_fast.ops.prepare_weights`); the reference, and the
+    gradients of the weights, go by the weights themselves.
     """
 
     x: Annotated[Tensor, tensor("... D", gradient="input")]
@@ -173,6 +176,10 @@ class SparseAdapterCall(Call, name="sparse_adapter"):
     experts: Annotated[Tensor, tensor("V 2", torch.int32)]
     scale_tensor: Annotated[Tensor | None, tensor(None, gradient="scale")]
     seed: Annotated[Tensor | None, tensor(None, torch.int64)]
+    prepared_down: Annotated[Tensor | None, tensor(None)]
+    prepared_up: Annotated[Tensor | None, tensor(None)]
+    prepared_vectors: Annotated[Tensor | None, tensor(None)]
+    prepared_up_bias: Annotated[Tensor | None, tensor(None)]
     activation: str
     scale: float
     dropout: float
@@ -190,6 +197,12 @@ class SparseAdapterCall(Call, name="sparse_adapter"):
     def out_dtype(self) -> torch.dtype:
         """Dtype of the output."""
         return self.x.dtype if self.skip is None else torch.promote_types(self.x.dtype, self.skip.dtype)
+
+    @property
+    def slots(self) -> Slots:
+        """How many weights of each projection are prepared, and for whom."""
+        split = self.down_owner is not None, self.up_owner is not None
+        return slots_of(self.groups, self.down_bias.shape[0], self.up_bias.shape[0], *split)
 
     @property
     def dropout_threshold(self) -> int:
@@ -371,10 +384,14 @@ def check_columns(ranges: Sequence[tuple[int, int]], y: str, out_width: int, up_
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """Dtype of an operator's matrix products: autocast's where it is on (it leaves float64 alone), else x's."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    return product_dtype_of(x.device, x.dtype)
+
+
+def product_dtype_of(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """That of products with an x of this device and dtype."""
+    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+        return torch.get_autocast_dtype(device.type)
+    return dtype
 
 
 def check_device(name: str, value: Tensor, x: Tensor) -> None:

@@ -12,6 +12,7 @@ import importlib.util
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,13 @@ def _names(kind: str) -> tuple[str, ...]:
     return tuple(operators().names(kind))
 
 
-def run(operation: str, arrays: dict[str, Tensor | None], sizes: dict[str, int], numbers: dict[str, float]) -> None:
-    """Run "forward" or "backward" on what csrc/arguments.h lists, by name; it checks shapes and dtypes.
+def zeros(kind: str) -> dict[str, int]:
+    """Zero for each of the extension's "sizes" or "numbers", for an operation that takes few of them."""
+    return dict.fromkeys(_names(kind), 0)
+
+
+def run(operation: str, arrays: dict[str, Tensor | None], sizes: dict[str, int], numbers: Mapping[str, float]) -> None:
+    """Run "prepare", "forward" or "backward" on what csrc/arguments.h lists, by name; it checks shapes and dtypes.
 
     An array may be left out, or be None, where the extension can do without it.
 

@@ -32,6 +32,12 @@ def philox(key: Tensor, counter: Lanes) -> Lanes:
     Returns:
         Four int64 tensors of the broadcast shape, values in [0, 2^32).
     """
+    c0, c1, c2, c3 = (word.bitwise_and_(MASK) for word in _philox(key, counter))
+    return c0, c1, c2, c3
+
+
+def _philox(key: Tensor, counter: Lanes) -> Lanes:
+    """`philox`, whose words have anything above their 32 bits."""
     # On a CPU memory is what takes the time. So the counter is broadcast by the rounds (on a grid, the words of the
     # first two are no larger than two of its axes), words are cut to 32 bits only where they are multiplied, and they
     # are changed in place.
@@ -44,7 +50,6 @@ def philox(key: Tensor, counter: Lanes) -> Lanes:
         product1 = c2.bitwise_and_(MASK).mul_(MULTIPLIERS[1])
         c0, c2 = _xor(product1 >> 32, c1.bitwise_xor_(k0)), _xor(product0 >> 32, c3.bitwise_xor_(k1))
         c1, c3 = product1, product0
-    c0, c1, c2, c3 = (word.bitwise_and_(MASK) for word in (c0, c1, c2, c3))
     return c0, c1, c2, c3
 
 
@@ -90,7 +95,7 @@ def dropout_keep(seed: Tensor, probability: float, views: int, samples: int, tok
         return torch.arange(size, device=device).view(shape)
 
     counter = (index(-(-channels // CHANNELS), 3), index(tokens, 2), index(samples, 1) + first_sample, index(views, 0))
-    words = torch.stack([word.to(torch.int32) for word in philox(seed[0], counter)], dim=-1)
+    words = torch.stack([word.to(torch.int32) for word in _philox(seed[0], counter)], dim=-1)
     numbers = words.view(torch.int16).flatten(-2)[..., :channels]  # low half first: all of torch's platforms but s390x
     # As signed numbers, since torch compares no unsigned ones of 16 bits: half the range lower, and so in order.
     return numbers.bitwise_xor_(-LEVELS // 2) >= dropout_threshold(probability) - LEVELS // 2

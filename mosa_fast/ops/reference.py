@@ -54,16 +54,16 @@ def sparse_adapter(call: SparseAdapterCall) -> Tensor:
 
         down = expert_weight(c.down_weight, c.down_init, c.down_owner, c.experts[:, 0], c.down_bias.shape[0])
         bias = expert_bias(c.down_bias, c.down_owner, c.experts[:, 0])
-        pre = project(normed.to(c.product_dtype), down.to(c.product_dtype), bias.to(sum_dtype))
+        pre = affine(normed.to(c.product_dtype), down.to(c.product_dtype), bias.to(sum_dtype))
         hidden = ACTIVATIONS[c.activation](pre)
         if c.seed is not None:
             keep = dropout_keep(c.seed, c.dropout, c.groups, samples, c.tokens, c.bottleneck)
-            hidden = hidden * keep.flatten(1, 2) * c.dropout_scale
+            hidden = hidden * keep.flatten(1, 2).to(sum_dtype).mul_(c.dropout_scale)
 
         up = expert_weight(c.up_weight, None, c.up_owner, c.experts[:, 1], c.up_bias.shape[0])
         bias = expert_bias(c.up_bias, c.up_owner, c.experts[:, 1])
-        out = project(hidden.to(c.product_dtype), up.to(c.product_dtype), bias.to(sum_dtype))
-        out = out * (c.scale if c.scale_tensor is None else c.scale_tensor)
+        scale = c.scale if c.scale_tensor is None else c.scale_tensor
+        out = affine(hidden.to(c.product_dtype), up.to(c.product_dtype), bias.to(sum_dtype), scale)
         if c.add_input:
             out += streams
         if c.skip is not None:
@@ -183,38 +183,44 @@ def ownership(owner: Tensor, ids: Tensor, experts: int, dtype: torch.dtype) -> T
     ids: `[V]`, or `[V, rows]` where the rows of a weight have experts of their own.
     """
     ids = ids.view(*ids.shape, *[1] * (1 + owner.ndim - ids.ndim))
-    return torch.where(ids == MERGED, 1.0 / experts, (owner == ids).to(dtype)).to(dtype)
+    return (owner == ids).to(dtype).masked_fill_(ids == MERGED, 1.0 / experts)
 
 
 def expert_weight(weight: Tensor, init: Tensor | None, owner: Tensor | None, ids: Tensor, experts: int) -> Tensor:
-    """The weights that each group computes with: `[V, out, in]`, or `[1, out, in]` for a dense projection."""
+    """The weights that each group computes with: `[V, out, in]`, or `[out, in]` of a dense projection."""
     if owner is None:
-        return weight.unsqueeze(0)
+        return weight
     owned = ownership(owner, ids, experts, weight.dtype)
     return weight * owned if init is None else init + (weight - init) * owned
 
 
 def expert_bias(bias: Tensor, owner: Tensor | None, ids: Tensor) -> Tensor:
-    """Each group's bias: its expert's row, or the mean of all rows; `[V, 1, out]` or `[1, 1, out]`."""
+    """Each group's bias: its expert's row, or the mean of all rows; `[V, 1, out]`, or `[out]` of a dense projection."""
     if owner is None:
-        return bias.unsqueeze(0)
+        return bias.flatten()
     rows = torch.arange(bias.shape[0], device=bias.device)
     return (ownership(rows, ids, bias.shape[0], bias.dtype) @ bias).unsqueeze(1)
 
 
-def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`[G, M, in]` times `[V, out, in]`, plus `[V, 1, out]` in the bias's dtype.
+def affine(x: Tensor, weight: Tensor, bias: Tensor, scale: float | Tensor | None = None) -> Tensor:
+    """`project`'s product, plus `[V, 1, out]` or `[out]`, times scale if there is one: in the bias's dtype."""
+    if x.dtype != bias.dtype:  # spare the bias and the scale the rounding of the product
+        out = project(x, weight).to(bias.dtype) + bias
+        return out if scale is None else out * scale
+    if scale is not None:  # of the weights, which are much smaller than the result
+        weight, bias = weight * scale, bias * scale
+    return project(x, weight, bias)
 
-    Either of G and V may be 1; the result is `[max(G, V), M, out]`. Products come in their own dtype; where it is not
-    the bias's, the bias is added after them, to spare it the rounding.
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`[G, M, in]` times `[V, out, in]` or `[out, in]`, plus `[V, 1, out]` or `[out]`.
+
+    Either of G and V may be 1; the result is `[max(G, V), M, out]`.
     """
-    together = bias if bias is not None and x.dtype == bias.dtype else None  # one pass over the result instead of two
-    if weight.shape[0] == 1:
-        out = F.linear(x, weight[0], None if together is None else together[0, 0])
-    elif x.shape[0] == 1:
+    if weight.ndim == 2:
+        return F.linear(x, weight, bias)
+    if x.shape[0] == 1:
         # One product for all groups, so that x is read once.
-        rows = F.linear(x[0], weight.flatten(0, 1), None if together is None else together.flatten())
-        out = rows.unflatten(-1, weight.shape[:2]).transpose(0, 1)
-    else:
-        out = torch.bmm(x, weight.mT) if together is None else torch.baddbmm(together, x, weight.mT)
-    return out if bias is None or together is not None else out.to(bias.dtype) + bias
+        rows = F.linear(x[0], weight.flatten(0, 1), None if bias is None else bias.flatten())
+        return rows.unflatten(-1, weight.shape[:2]).transpose(0, 1)
+    return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias, x, weight.mT)

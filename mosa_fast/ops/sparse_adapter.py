@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from mosa_fast.ops import launching, reference
 from mosa_fast.ops.backends import resolve_backend
 from mosa_fast.ops.call import AdaptedMLPCall, SparseAdapterCall, check_device, check_scale, describe, product_dtype
+from mosa_fast.ops.prepare_weights import MasterWeights, PreparedWeights, prepare_weights
 from mosa_fast.ops.registration import Operator
+from mosa_fast.ops.slots import padded_rank, padded_width
 
 
 def sparse_adapter(
@@ -32,6 +36,7 @@ def sparse_adapter(
     add_input: bool = True,
     fork: bool = False,
     eps: float = 1e-6,
+    prepared: PreparedWeights | None = None,
 ) -> Tensor:
     """A mixture of sparse adapters: `(x) + (skip) + scale * up_e(drop(act(down_e(norm(x)))))`.
 
@@ -57,6 +62,8 @@ def sparse_adapter(
         fork: False: the N samples are V equal consecutive groups and out has the shape of x. True: every group
             reads all of x, and out is `[V * N, ..., D]`, group after group.
         eps: of the norm.
+        prepared: what `prepare_weights` made of these very weights and experts for the backend that serves, so that
+            many layers share a launch. None: it is made here. The reference does without.
 
     Returns:
         The promoted dtype of x and skip.
@@ -68,6 +75,7 @@ def sparse_adapter(
     seed = as_tensor(seed, x.device)
     check_seed(seed, x)
     check_scale(scale, x)
+    down, up, vectors, up_bias_rows = (None, None, None, None) if prepared is None else prepared
     call = SparseAdapterCall(
         x=x,
         skip=skip,
@@ -83,6 +91,10 @@ def sparse_adapter(
         experts=experts,
         scale_tensor=scale if isinstance(scale, Tensor) else None,
         seed=seed if dropout > 0 else None,
+        prepared_down=down,
+        prepared_up=up,
+        prepared_vectors=vectors,
+        prepared_up_bias=up_bias_rows,
         activation=activation,
         scale=1.0 if isinstance(scale, Tensor) else float(scale),
         dropout=float(dropout),
@@ -95,7 +107,13 @@ def sparse_adapter(
     if call.activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, got {call.activation!r}")
     backend = resolve_backend(x.device, x.dtype, call.NAME)
-    return reference.sparse_adapter(call) if backend == "reference" else _operator(call, backend)
+    if backend == "reference":
+        return reference.sparse_adapter(call)
+    if prepared is None:
+        call = _with_prepared_weights(call, backend)
+    else:
+        _check_prepared(call, prepared, backend)
+    return _operator(call, backend)
 
 
 def results(call: SparseAdapterCall, save: bool) -> tuple[Tensor, ...]:
@@ -105,8 +123,6 @@ def results(call: SparseAdapterCall, save: bool) -> tuple[Tensor, ...]:
         out: `[N, ..., D]` (`[V * N, ..., D]` forked), the promoted dtype of x and skip.
         stats: float32 `[T, 2]`, mean and 1 / std of every row of x; without rows where there is no norm.
         pre: `[M, r]` in the product dtype, the down-projection without its biases.
-        vectors: float32 `[V, 2, r]`: each group's bias of the down-projection, and the row sums of its weights, both
-            with the norm folded in (row sums are zero without a norm).
     """
     c, device = call, call.x.device
     normed = save and c.norm_weight is not None
@@ -114,11 +130,25 @@ def results(call: SparseAdapterCall, save: bool) -> tuple[Tensor, ...]:
         launching.empty((c.out_samples, *c.x.shape[1:]), c.out_dtype, device),
         launching.empty((c.in_rows if normed else 0, 2), torch.float32, device),
         launching.empty((c.out_rows if save else 0, c.bottleneck), c.product_dtype, device),
-        launching.empty((c.groups if save else 0, 2, c.bottleneck), torch.float32, device),
     )
 
 
-_operator = Operator(SparseAdapterCall, ("stats", "pre", "vectors"), results)
+_operator = Operator(SparseAdapterCall, ("stats", "pre"), results)
+
+
+def _with_prepared_weights(call: SparseAdapterCall, backend: str) -> SparseAdapterCall:
+    """The call of a layer that prepares its own weights."""
+    masters = MasterWeights(*(getattr(call, name) for name in MasterWeights._fields))
+    (prepared,) = prepare_weights([masters], call.experts.unsqueeze(0), call.product_dtype, backend)
+    return replace(call, **{f"prepared_{name}": tensor for name, tensor in prepared._asdict().items()})
+
+
+def _check_prepared(call: SparseAdapterCall, prepared: PreparedWeights, backend: str) -> None:
+    rank, width = call.down_weight.shape
+    expected = call.product_dtype, (call.slots.down, padded_rank(rank, backend), padded_width(width))
+    if (prepared.down.dtype, prepared.down.shape) != expected:
+        wanted, got = describe(torch.empty(expected[1], dtype=expected[0], device="meta")), describe(prepared.down)
+        raise ValueError(f"prepared must be made for such a call: its down must be {wanted}, got {got}")
 
 
 def as_tensor(seed: int | Tensor, device: torch.device) -> Tensor:

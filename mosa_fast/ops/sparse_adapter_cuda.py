@@ -21,19 +21,17 @@ NO_SPLIT = launching.Split(0, 0, 0, 0, 0)
 
 def forward(call: SparseAdapterCall, out: Tensor, saved: Sequence[Tensor]) -> None:
     """Fill the output and the saved tensors."""
-    c, (stats, pre, vectors) = call, map(launching.wanted, saved)
-    if vectors is None:  # the kernels go through it in any case
-        vectors = launching.empty((c.groups, 2, c.bottleneck), torch.float32, out.device)
-    arrays = _arrays(c) | {"out": out, "stats": stats, "pre": pre, "vectors": vectors}
+    c, (stats, pre) = call, map(launching.wanted, saved)
+    arrays = c.tensors() | {"out": out, "stats": stats, "pre": pre}
     extension.run("forward", arrays, _sizes(c, NO_SPLIT, 0), _numbers(c))
 
 
 def backward(call: SparseAdapterCall, grad_out: Tensor, saved: Sequence[Tensor], gradients: dict[str, Tensor]) -> None:
     """Fill the gradients."""
     c, device = call, grad_out.device
-    stats, pre, vectors = map(launching.wanted, saved)
-    arrays = _arrays(c) | {f"grad_{name}": gradient for name, gradient in gradients.items()}
-    arrays |= {"grad_out": grad_out, "stats": stats, "pre": pre, "vectors": vectors}
+    stats, pre = map(launching.wanted, saved)
+    arrays = c.tensors() | {f"grad_{name}": gradient for name, gradient in gradients.items()}
+    arrays |= {"grad_out": grad_out, "stats": stats, "pre": pre}
     for name in ("hidden", "grad_pre"):
         arrays[name] = launching.empty((c.out_rows, c.bottleneck), c.product_dtype, device)
     programs, split = _tiles(c.rows_per_group) * (1 if c.fork else c.groups), NO_SPLIT
@@ -48,16 +46,6 @@ def backward(call: SparseAdapterCall, grad_out: Tensor, saved: Sequence[Tensor],
         arrays["up_sums"] = launching.empty((split.segments, c.width), torch.float32, device)
         arrays["down_sums"] = launching.empty((split.segments, c.bottleneck), torch.float32, device)
     extension.run("backward", arrays, _sizes(c, split, programs), _numbers(c))
-
-
-def _arrays(c: SparseAdapterCall) -> dict[str, Tensor | None]:
-    """The call's tensors, and scratch for the weights that each group computes with, padded to whole tiles."""
-    width, ranks, device = _tiles(c.width) * TILE, _tiles(c.bottleneck) * TILE, c.x.device
-    return c.tensors() | {
-        "down_effective": launching.empty((c.groups, ranks, width), c.product_dtype, device),
-        "up_effective": launching.empty((c.groups, width, ranks), c.product_dtype, device),
-        "up_bias_effective": launching.empty((c.groups, width), torch.float32, device),
-    }
 
 
 def _sizes(c: SparseAdapterCall, split: launching.Split, programs: int) -> dict[str, int]:
@@ -75,6 +63,9 @@ def _sizes(c: SparseAdapterCall, split: launching.Split, programs: int) -> dict[
         "fork": int(c.fork),
         "first_sample": int(c.seed is not None and c.seed.numel() == 2),
         "dropout_threshold": c.dropout_threshold,
+        "by_expert": int(c.slots.by_expert),
+        "down_slots": c.slots.down,
+        "up_slots": c.slots.up,
         "programs": programs,
         **vars(split),
     }

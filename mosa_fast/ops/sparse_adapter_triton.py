@@ -18,7 +18,7 @@ from mosa_fast.kernels.reductions import sum_slices_kernel
 from mosa_fast.kernels.sparse_adapter_bwd_input import sparse_adapter_bwd_input_kernel
 from mosa_fast.kernels.sparse_adapter_bwd_weight import sparse_adapter_bwd_weight_kernel, sum_segments_kernel
 from mosa_fast.kernels.sparse_adapter_fwd import sparse_adapter_fwd_kernel
-from mosa_fast.ops import launching, triton_launching, triton_tiles
+from mosa_fast.ops import launching, slots, triton_launching, triton_tiles
 from mosa_fast.ops.call import SparseAdapterCall
 from mosa_fast.ops.triton_tiles import SUM_TILE, Tile
 
@@ -27,26 +27,25 @@ BIAS_TILE = Tile(rows=1, columns=32)  # narrow: the tile has a row for every exp
 
 def forward(call: SparseAdapterCall, out: Tensor, saved: Sequence[Tensor]) -> None:
     """Fill the output and the saved tensors."""
-    c, (stats, pre, vectors) = call, map(launching.wanted, saved)
+    c, (stats, pre) = call, map(launching.wanted, saved)
     tile = triton_tiles.choose("forward", c, c.bottleneck)
     triton_launching.launch(
         sparse_adapter_fwd_kernel,
         (triton.cdiv(c.rows_per_group, tile.rows) * c.groups,),
         tile,
-        _arguments(c) | {"out_ptr": out, "stats_ptr": stats, "pre_ptr": pre, "vectors_ptr": vectors},
+        _arguments(c) | {"out_ptr": out, "stats_ptr": stats, "pre_ptr": pre},
     )
 
 
 def backward(call: SparseAdapterCall, grad_out: Tensor, saved: Sequence[Tensor], gradients: dict[str, Tensor]) -> None:
     """Fill the gradients."""
     c, device = call, grad_out.device
-    stats, pre, vectors = map(launching.wanted, saved)
+    stats, pre = map(launching.wanted, saved)
     arguments = _arguments(c) | triton_launching.gradient_arguments(c, gradients)
     arguments |= {
         "grad_out_ptr": grad_out,
         "stats_ptr": stats,
         "pre_ptr": pre,
-        "vectors_ptr": vectors,
         "hidden_ptr": launching.empty((c.out_rows, c.bottleneck), c.product_dtype, device),
         "grad_pre_ptr": launching.empty((c.out_rows, c.bottleneck), c.product_dtype, device),
     }
@@ -71,8 +70,6 @@ def backward(call: SparseAdapterCall, grad_out: Tensor, saved: Sequence[Tensor],
         **vars(split),
         "programs": programs,
         "ACCUMULATE": split.segments_per_slice > 1,
-        "DOWN_SPLIT": c.down_owner is not None,
-        "UP_SPLIT": c.up_owner is not None,
         "UP_WEIGHTS": weights,
         "DOWN_WEIGHTS": weights,
         "NORM_WEIGHTS": norm_weights,
@@ -94,9 +91,14 @@ def _arguments(c: SparseAdapterCall) -> dict[str, Any]:
         "dropout_scale": c.dropout_scale,
         "eps": c.eps,
         "BOTTLENECK": c.bottleneck,
-        "BLOCK_BOTTLENECK": triton_tiles.padded_rank(c.bottleneck),
+        "BLOCK_BOTTLENECK": slots.padded_rank(c.bottleneck, "triton"),
         "DOWN_EXPERTS": c.down_bias.shape[0],
         "UP_EXPERTS": c.up_bias.shape[0],
+        "DOWN_SPLIT": c.down_owner is not None,
+        "UP_SPLIT": c.up_owner is not None,
+        "PADDED_WIDTH": slots.padded_width(c.width),
+        "BY_EXPERT": c.slots.by_expert,
+        "NORM": c.norm_weight is not None,
         "ACTIVATION": c.activation,
         "ADD_INPUT": c.add_input,
         "FIRST_SAMPLE": c.seed is not None and c.seed.numel() == 2,

@@ -18,7 +18,7 @@ from mosa_fast.kernels.reductions import sum_slices_kernel
 from mosa_fast.kernels.sparse_lora_bwd_input import sparse_lora_bwd_input_kernel
 from mosa_fast.kernels.sparse_lora_bwd_weight import sparse_lora_bwd_weight_kernel
 from mosa_fast.kernels.sparse_lora_fwd import sparse_lora_fwd_kernel
-from mosa_fast.ops import launching, triton_columns, triton_launching, triton_tiles
+from mosa_fast.ops import launching, slots, triton_columns, triton_launching, triton_tiles
 from mosa_fast.ops.call import SparseLoRACall
 from mosa_fast.ops.triton_tiles import SUM_TILE
 
@@ -99,5 +99,5 @@ def _arguments(c: SparseLoRACall) -> dict[str, Any]:
         "RANK": c.rank,
         "RANKS": c.ranks,
         "EXPERTS": c.num_experts,
-        "BLOCK_RANKS": triton_tiles.padded_rank(c.ranks),
+        "BLOCK_RANKS": slots.padded_rank(c.ranks, "triton"),
     }

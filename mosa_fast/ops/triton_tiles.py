@@ -14,7 +14,6 @@ import triton
 from mosa_fast.ops.call import Call
 
 KERNELS = ("forward", "backward_input", "backward_weight")
-SMALLEST_DOT = 16  # the least a tile dimension may be in a tensor-core product
 
 
 @dataclass(frozen=True)
@@ -31,12 +30,14 @@ class Tile:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-# By kernel and kind of call, then by bytes of a product's element and r padded to a power of two, at least 64. Other
-# operators than the adapter have rows of their own only where they want something else. These are the largest tiles
+# By kernel and kind of call, then by bytes of a product's element and r padded to a power of two, at least 64. A kind
+# that begins with an operator's name is for that one only, where it wants something else. These are the largest tiles
 # found that compile without spills for sm_80 and sm_90 with every option on. They were chosen by that alone and have
 # not been timed on a GPU. Large, since each program reads all weights again: at 128 rows of D = 768 in bfloat16 they
 # are 0.4 MB from L2 beside 0.6 MB of activations. One program of 8 warps a multiprocessor then hides memory behind its
 # pipeline. Exact float32 products run without tensor cores and want small tiles.
+# The adapter's kernels read prepared weights: a third of the bytes, and few registers. So their blocks are of 64 rows,
+# and two or three programs take turns on a multiprocessor, as the model of benchmarks/machine_code has it best.
 TILES: dict[tuple[str, str], dict[tuple[int, int], Tile]] = {
     ("forward", "plain"): {
         (2, 64): Tile(128, 64, 8, 3),
@@ -62,12 +63,18 @@ TILES: dict[tuple[str, str], dict[tuple[int, int], Tile]] = {
         (4, 128): Tile(16, 32, 8, 2),
         (4, 256): Tile(16, 16, 8, 2),
     },
+    ("forward", "sparse_adapter plain"): {(2, 64): Tile(64, 32, 8, 3)},
+    ("backward_input", "sparse_adapter plain"): {(2, 64): Tile(64, 64, 8, 2)},
+    ("backward_input", "sparse_adapter sm_80"): {(2, 64): Tile(64, 32, 4, 3)},  # fewer warps, which repeat less work
     # No norm and no activation: few registers, so that three small programs take turns on a multiprocessor.
-    ("forward", "sparse_lora"): {(2, 64): Tile(64, 64, 4, 3)},
+    ("forward", "sparse_lora plain"): {(2, 64): Tile(64, 64, 4, 3)},
     ("backward_weight", "sm_80"): {(2, 64): Tile(32, 64, 8, 3)},  # mma.sync takes more registers than wgmma
     # x is wider than the products: timm's residual stream under autocast. A line of 128 bytes is 32 columns.
     ("forward", "autocast"): {(2, 64): Tile(128, 32, 8, 3)},
     ("backward_input", "autocast"): {(2, 64): Tile(128, 32, 8, 3)},
+    # The rows in flight are to fit into the L2 cache, which these come nearer to.
+    ("forward", "sparse_adapter autocast"): {(2, 64): Tile(64, 64, 8, 2)},
+    ("backward_input", "sparse_adapter autocast"): {(2, 64): Tile(64, 32, 8, 2)},
     ("backward_weight", "autocast"): {
         (2, 64): Tile(32, 64, 8, 3),
         (2, 128): Tile(16, 64, 8, 3),
@@ -80,6 +87,7 @@ TILES: dict[tuple[str, str], dict[tuple[int, int], Tile]] = {
         (2, 128): Tile(64, 32, 8, 1),
         (2, 256): Tile(32, 16, 8, 2),
     },
+    ("backward_input", "sparse_adapter fork"): {(2, 64): Tile(32, 64, 4, 3), (2, 256): Tile(16, 32, 8, 2)},
     # D or r is no multiple of 16 bytes: no vector loads, an address for every element.
     ("forward", "ragged"): {
         (2, 64): Tile(32, 32, 8, 2),
@@ -95,7 +103,7 @@ TILES: dict[tuple[str, str], dict[tuple[int, int], Tile]] = {
         (2, 256): Tile(16, 16, 8, 1),
         (4, 64): Tile(16, 16, 4, 1),
         (4, 128): Tile(16, 16, 8, 1),
-        (4, 256): Tile(16, 16, 8, 1),
+        (4, 256): Tile(16, 16, 8, 2),
     },
     ("backward_weight", "ragged"): {
         (2, 64): Tile(16, 32, 8, 2),
@@ -110,11 +118,6 @@ SUM_TILE = Tile(rows=16, columns=128)  # second stages: 16 independent loads in 
 INTERPRETER = Tile(rows=16, columns=64, warps=4, stages=1)  # small, so that small tests have several blocks
 ROOMY = ("sm_80", "sm_90", "sm_100", "sm_103")  # at least 163 KB of shared memory a program; others may have 99 KB
 VECTOR_BYTES = 16
-
-
-def padded_rank(rank: int) -> int:
-    """A number of ranks as tiles have it: a power of two."""
-    return max(SMALLEST_DOT, triton.next_power_of_2(rank))
 
 
 def choose(kernel: str, call: Call, bottleneck: int, operator: str | None = None) -> Tile:
@@ -153,14 +156,15 @@ def tile_of(
     if architecture == "cpu":
         return INTERPRETER
     size = (dtype.itemsize, min(max(64, triton.next_power_of_2(bottleneck)), 256))
-    kinds = ["plain", operator, architecture]
+    kinds = ["plain", architecture]
     if input_dtype.itemsize > dtype.itemsize:
         kinds.append("autocast")
     if fork:
         kinds.append("fork")
     if width * dtype.itemsize % VECTOR_BYTES or bottleneck * dtype.itemsize % VECTOR_BYTES:
         kinds.append("ragged")
-    tile = next(t for kind in reversed(kinds) if (t := TILES.get((kernel, kind), {}).get(size)))
+    rows = (name for kind in reversed(kinds) for name in (f"{operator} {kind}", kind))
+    tile = next(tile for row in rows if (tile := TILES.get((kernel, row), {}).get(size)))
     if architecture in ROOMY:
         return tile
     # 64 KB on AMD's chips is no room for a pipeline; 99 KB is room for a shorter one.

@@ -1,12 +1,16 @@
 """Tables of the evidence: pairs are of one seed, intervals are Student's, searches open no test."""
 
 import json
+import os
+import subprocess
 
 import pytest
 
 from benchmarks.evidence import main, markdown, readme_table, table
 from benchmarks.evidence_plots import COLORS, PLOTS
 from benchmarks.evidence_rows import METHODS, Estimate, Setting, collect, read
+from benchmarks.results import FOLDER
+from mosa_fast.command_line import parse_options
 
 SCORES = {
     "linear": (70.0, 72.0, 74.0),
@@ -74,6 +78,32 @@ def test_tables_say_what_was_measured(records):
     assert short[0] == "| test accuracy, % | trained weights | Fashion-MNIST, 20 a class | digits, 20 a class |"
     assert short[2] == "| linear probe | 42,346 | 72.00 ± 1.15 | 97.00 |"
     assert "**Fashion-MNIST, 20 images a class, 4 times the steps**" in markdown(evidence)
+
+
+def test_options_that_change_no_result_may_be_given_in_any_way(records):
+    elsewhere = [{**row, "options": [*row["options"], "--data.root", "there", "--device=cuda"]} for row in records]
+    assert collect(elsewhere) == collect(records)
+
+
+def test_the_queue_hands_its_options_to_runs_that_take_them(tmp_path):
+    """Every sweep that the script asks for, with the words after the folder last, so that they win."""
+    script = FOLDER.with_name("evidence.sh")
+    words = ["--device", "cuda", "--processes", "8", "--cuda_graphs", "true", "--data.root", "here"]
+    done = subprocess.run(
+        ["bash", script, tmp_path / "runs", *words], capture_output=True, text=True, env=os.environ | {"PYTHON": "echo"}
+    )
+    assert done.returncode == 0, done.stderr
+    sweeps = [line.split() for line in done.stdout.splitlines()]
+    assert len(sweeps) > 10
+    for line in sweeps:
+        assert line[:3] == ["-m", "mosa_fast.sweep", "--configs"]
+        assert line[-8:] == words
+        first, last = line.index("--configs") + 1, line.index("--out")
+        own = line[line.index("--records") + 2 : -8]
+        assert line[line.index("--records") + 1] == str(tmp_path / "runs" / "evidence.jsonl")
+        assert all((FOLDER.parent.parent / recipe).is_file() for recipe in line[first:last])
+        config = parse_options(["--config", line[last - 1], *own, *words[:2], *words[4:]], "train", "")
+        assert (config.device, config.optim.warmup_epochs) == ("cuda", config.optim.epochs / 10)
 
 
 def test_every_method_has_a_colour_of_its_own():

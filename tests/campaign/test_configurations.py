@@ -120,12 +120,12 @@ def limit(seconds):
         signal.signal(signal.SIGALRM, previous)
 
 
-def outcome(arguments, capsys):
-    """(what is wrong or None, exit code) of a run."""
+def outcome(arguments, capsys, command=main):
+    """(what is wrong or None, exit code) of a run, or of another command."""
     capsys.readouterr()
     try:
         with limit(LIMIT_S):
-            main(arguments)
+            command(arguments)
         return None, 0
     except SystemExit as left:
         lines = capsys.readouterr().err.splitlines()

@@ -8,6 +8,7 @@ from torch import nn
 
 from mosa_fast.ops import backend, sparse_adapter
 from mosa_fast.ops.call import SparseAdapterCall
+from mosa_fast.ops.prepare_weights import MasterWeights, prepare_weights
 
 BY_NAME = {case.name: case for case in CASES}
 TENSORS = tuple(SparseAdapterCall.TENSORS)
@@ -21,6 +22,9 @@ def operator_arguments(case: Case, dtype=torch.float32):
         values["scale_tensor"], values["scale"] = scale, 1.0
     values["seed"] = torch.as_tensor(values["seed"]).reshape(-1) if case.dropout else None
     values["product_dtype"] = dtype
+    masters = MasterWeights(*(values[name] for name in MasterWeights._fields))
+    (prepared,) = prepare_weights([masters], values["experts"][None], dtype, "triton")
+    values |= {f"prepared_{name}": tensor for name, tensor in prepared._asdict().items()}
     for name in case.gradients:
         name = "scale_tensor" if name == "scale" else name
         if values[name] is not None:
@@ -50,6 +54,18 @@ def test_opcheck_of_the_backward(name):
         torch.ops.mosa_fast.sparse_adapter_backward.default,
         [*tensors, *saved, torch.randn_like(out), *options, needed, torch.float32, "triton"],
     )
+
+
+@pytest.mark.parametrize("name", ["default", "dense", "no_norm", "several_segments_a_slice"])
+def test_opcheck_of_the_preparation(name):
+    values = make(variant(BY_NAME[name], width=32, bottleneck=4), torch.float32, "cpu")
+    masters = [values[field] for field in MasterWeights._fields]
+    lists = [[] if tensor is None else [tensor, tensor] for tensor in masters]
+    for tensors in lists:
+        for tensor in tensors:
+            tensor.requires_grad_(tensor.is_floating_point())
+    arguments = [*lists, values["experts"].expand(2, -1, -1), torch.float16, "triton"]
+    torch.library.opcheck(torch.ops.mosa_fast.prepare_weights.default, arguments)
 
 
 class Block(nn.Module):

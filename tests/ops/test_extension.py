@@ -13,7 +13,7 @@ import torch
 from kernel_cases import CASES, Case, check, compare, make, poisoned, run
 
 import mosa_fast.csrc
-from mosa_fast.ops import backends, extension, philox, reference, sparse_adapter_cuda
+from mosa_fast.ops import backends, extension, philox, reference, slots, sparse_adapter_cuda
 from mosa_fast.ops.call import SparseAdapterCall
 
 CSRC = Path(mosa_fast.csrc.__file__).parent
@@ -173,6 +173,7 @@ def test_every_tensor_and_gradient_has_an_array(emulation):
     assert arrays >= set(SparseAdapterCall.TENSORS)
     assert arrays >= {f"grad_{name}" for name, facts in SparseAdapterCall.TENSORS.items() if facts.gradient}
     assert f"TILE = {sparse_adapter_cuda.TILE};" in (CSRC / "arguments.h").read_text()
+    assert sparse_adapter_cuda.TILE == slots.PADDED_TO  # of prepared weights
 
 
 @pytest.fixture
@@ -197,7 +198,10 @@ SPOILED = [
     ("forward", "up_owner", lambda owner: owner.int(), "up_owner cannot be int32"),
     ("forward", "experts", lambda experts: experts.long(), "experts cannot be int64"),
     ("forward", "seed", lambda seed: None, "seed is missing"),
-    ("forward", "down_effective", lambda weight: weight.float(), "down_effective cannot be float32"),
+    ("forward", "prepared_down", lambda weight: weight.float(), "prepared_down cannot be float32"),
+    ("forward", "prepared_up", lambda weight: weight[:1].contiguous(), "prepared_up has"),
+    ("prepare", "prepared_vectors", lambda vectors: None, "prepared_vectors is missing"),
+    ("prepare", "down_owner", lambda owner: owner[:-1], "down_owner has"),
     ("backward", "stats", lambda stats: None, "stats is missing"),
     ("backward", "pre", lambda pre: pre[:1], "pre has 16 elements, not 320"),
     ("backward", "partial", lambda partial: partial[:, 1:].contiguous(), "partial has"),

@@ -69,6 +69,12 @@ def test_the_last_blocks_are_found_in_every_family(tmp_path, name, blocks):
     swin = {"layers.3.blocks.1", "layers.3.blocks.0", "layers.2.blocks.5"}
     assert found == (swin if "swin" in config.model.name else {"blocks.11", "blocks.10"})
     assert "norm.weight" in trained_names(model)
+    config.partial_blocks = 100
+    with (
+        torch.device("meta"),
+        pytest.raises(ValueError, match="partial_blocks must be at most 12, which the model has"),
+    ):
+        build_model(config, 10)
 
 
 def test_partial_trains_the_norm_in_a_head_and_refuses_what_has_no_blocks(tmp_path):

@@ -1,0 +1,113 @@
+"""The file of the kernels' counts, and the command line that makes and compares it."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+pytest.importorskip("triton")
+from benchmarks.machine_code import __main__ as command_line
+from benchmarks.machine_code import results as files
+from benchmarks.machine_code import step
+from benchmarks.machine_code.cases import all_cases, checked_cases
+from benchmarks.machine_code.chips import CHIPS
+
+M, D, R = 50_432, 768, 64
+ROW = {
+    **{"kind": "plain", "architecture": "sm_90", "width": D, "bottleneck": R, "rows": M, "kernel": "forward"},
+    **{"triton": "3.8.0", "issued_millions": 100.0},
+}
+
+
+class TestCompare:
+    @pytest.mark.parametrize(("count", "grown"), [(90.0, False), (102.9, False), (103.1, True)])
+    def test_three_percent_more_instructions_are_too_many(self, count, grown):
+        assert files.compare([ROW | {"issued_millions": count}], [ROW])[1] is grown
+
+    def test_another_triton_is_not_compared(self):
+        lines, grown = files.compare([ROW | {"issued_millions": 200.0, "triton": "3.9.0"}], [ROW])
+        assert not grown
+        assert "not compared, Triton 3.8.0" in lines[0]
+
+    def test_a_new_kernel_is_no_growth(self):
+        lines, grown = files.compare([ROW | {"kernel": "prepare"}], [ROW])
+        assert (lines, grown) == (["plain sm_90 768 64 50432 prepare: new"], False)
+
+
+@pytest.fixture(scope="module")
+def stored():
+    return files.read(files.RESULTS)
+
+
+class TestStoredResults:
+    def test_every_call_on_every_chip_as_it_is_assumed(self, stored):
+        assert stored["chips"] == json.loads(json.dumps([asdict(chip) for chip in CHIPS.values()]))
+        calls = {
+            (case.kind, chip.architecture, case.width, case.bottleneck, case.images * 2 * 197)
+            for case in all_cases()
+            for chip in CHIPS.values()
+        }
+        assert files.layers(stored["rows"]).keys() == calls
+        assert {(tax["kind"], tax["architecture"]) for tax in stored["taxes"]} == {
+            (kind, chip.architecture) for kind in step.PRECISION for chip in CHIPS.values()
+        }
+
+    def test_ratios_follow_from_the_rows(self, stored):
+        for rows in files.layers(stored["rows"]).values():
+            layer, copy = (sum(row[name] for row in rows) for name in ("us", "copy_us"))
+            assert {row["ratio_to_copy"] for row in rows} == {round(layer / copy, 3)}
+
+    def test_the_tables_are_those_of_the_file(self, stored):
+        assert files.RESULTS.with_suffix(".md").read_text(encoding="utf-8") == files.markdown(stored)
+        assert files.RESULTS.with_name("machine_code_kernels.png").is_file()
+
+    def test_what_ci_compares_is_there(self, stored):
+        assert {case.kind for case in checked_cases()} <= {row["kind"] for row in stored["rows"]}
+
+
+class TestCommandLine:
+    @pytest.fixture(autouse=True)
+    def _counted(self, monkeypatch, stored):
+        """The stored rows stand for what would be compiled, with so many times the instructions."""
+        self.times = 1.0
+        rows = [row for row in stored["rows"] if row["kind"] == "plain" and row["width"] == D]
+
+        def count(cases, chips, workers):
+            for found in files.layers(rows).values():
+                yield [row | {"issued_millions": row["issued_millions"] * self.times} for row in found]
+
+        monkeypatch.setattr(command_line, "count", count)
+
+    @pytest.mark.parametrize(("times", "expected"), [(1.0, 0), (1.05, 1)])
+    def test_compare_fails_where_instructions_grew(self, command, times, expected):
+        self.times = times
+        code, output, _ = command(command_line.main, "--checked", "--compare", files.RESULTS)
+        assert code == expected
+        assert "A model: nothing here was timed" in output
+        assert ("GROWN" in output) is bool(expected)
+
+    def test_another_triton_is_not_compared(self, command, monkeypatch):
+        monkeypatch.setattr(command_line.triton, "__version__", "3.0.0")
+        monkeypatch.setattr(command_line, "count", None)  # nothing is compiled
+        code, output, _ = command(command_line.main, "--checked", "--compare", files.RESULTS)
+        assert code == 0
+        assert output.startswith("Not compared")
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--compare", "no_such_file.json"), "is not a count of machine code"),
+            (("--dram", "2.0"), "choose it with --chips"),
+            (("--chips", "H100", "--dram", "0"), "must be positive"),
+            (("--checked", "--write"), "--write stores all calls"),
+        ],
+    )
+    def test_mistakes_are_one_line(self, command, arguments, message):
+        code, _, errors = command(command_line.main, *arguments)
+        assert code == 2
+        assert message in errors.splitlines()[-1]
+
+    def test_assumptions_are_arguments(self, command):
+        code, output, _ = command(command_line.main, "--chips", "H100", "--dram", "2.5", "--clock", "1.6")
+        assert code == 0
+        assert "at 1.6 GHz, 2.5 TB/s from DRAM" in output
