@@ -12,7 +12,7 @@ import copy
 import importlib.util
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.learner import Batch, Learner
 from benchmarks.models import Setting
-from benchmarks.ours import backends_of, best_backend, int8_backbone, method, ours
+from benchmarks.ours import backends_of, best_backend, int8_backbone, method, mixture_learner, ours
 from benchmarks.plain import CopiedAdapter, DenseAdapter, PlainModel
 from benchmarks.plain_lora import CopiedPairs, CopiedPairsModel, GivenTargets, PeftPairs, SeparateQKV
 from benchmarks.spec import CONFIG, DENSE_LORA_CONFIG, LORA_CONFIG, OPERATORS, VIEWS, Spec
@@ -146,6 +146,13 @@ for _name in backends_of("sparse_adapter"):  # a variant that cannot serve is no
     contender(f"ours, {_name}, two views", ("step",), when=partial(_when_best, _name, "sparse_adapter"))(
         partial(ours, backend_name=_name, together=False)
     )
+
+
+@contender("ours, mlp", ("block", "step", "evaluation"), views_together=True)
+def inside_mlp(setting: Setting) -> Learner:
+    """Our adapters inside the products of their blocks' MLPs; they must compute what those beside them do."""
+    model = setting.stored(setting.mixture(replace(CONFIG, form="mlp")))
+    return mixture_learner(model, setting.mixture(), setting.level, "reference")
 
 
 def _int8_unavailable() -> str | None:

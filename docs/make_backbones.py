@@ -20,7 +20,8 @@ from torch import nn
 
 import mosa_fast as mosa
 from mosa_fast.adapters.block import AdaptedBlock
-from mosa_fast.adapters.fold import is_exact_gelu, why_not_folded
+from mosa_fast.adapters.fold import why_not_folded
+from mosa_fast.adapters.inside_mlp import is_exact_gelu
 from mosa_fast.adapters.seams import lora_targets, seam_of
 
 FILE = Path(__file__).parent / "backbones.md"

@@ -56,6 +56,9 @@ class MoSAConfig:
     stream, after the attention and after the MLP."""
     activation: Activation = "auto"
     """Of the bottleneck; auto: the placement's (adaptformer gelu, pfeiffer relu, houlsby silu). gelu is exact."""
+    form: Literal["auto", "branch", "mlp"] = option("auto", free=True)
+    """How an adaptformer adapter is computed, the same function either way. branch: beside the MLP; mlp: inside the
+    frozen MLP's products, refused where that is not exact; auto: what is faster, mlp on a CPU where it is exact."""
     scale: float | Literal["auto", "trainable"] = "auto"
     """Factor on an adapter's output; auto: the placement's (adaptformer 0.1, others 1); trainable: learned from 1.0."""
     dropout: float | Literal["auto"] = option("auto", low=0.0, below=1.0)
@@ -73,8 +76,8 @@ class MoSAConfig:
         check_fields(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, as JSON can hold them."""
-        return asdict(self)
+        """The fields that say what is computed, as JSON can hold them: all but those that change no result."""
+        return {name: value for name, value in asdict(self).items() if not facts_of(type(self))[name].free}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MoSAConfig:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mosa_fast.adapters.inside_mlp import frozen_mlp, why_branch
 from mosa_fast.adapters.linears import bypassed_linears, linears_of
-from mosa_fast.adapters.placements import placement_of, repeat_batch
+from mosa_fast.adapters.placements import placement_of, repeat_batch, routed_arguments
 from mosa_fast.adapters.seams import seam_of
 from mosa_fast.adapters.wrapper import Wrapper
 from mosa_fast.backbones.frozen import draws_random_numbers
@@ -88,7 +89,13 @@ class AdaptedBlock(Wrapper):
     def _run(self, x: Tensor, routing: BlockRouting | None, args: Any, kwargs: Any) -> Tensor:
         seam, run = seam_of(self.block), placement_of(self.placement).run
         attend = functools.partial(seam.attention, self.block, x, *args, **kwargs)
-        return seam.output(self.block, run(self.block, seam, self.linears or self.adapters(), attend, routing))
+        if why_branch(self) is None:
+            arguments = routed_arguments(routing, 0)
+            arguments.pop("prepared", None)  # for kernels
+            total = self.adapters()[0].with_mlp(attend(), frozen_mlp(self), **arguments)
+        else:
+            total = run(self.block, seam, self.linears or self.adapters(), attend, routing)
+        return seam.output(self.block, total)
 
     def _run_frozen(self, x: Tensor, routing: BlockRouting | None, args: Any, kwargs: Any) -> Tensor:
         # Here and not around the pass, so that a recomputation in the backward pass leaves the pairs out, too.

@@ -8,10 +8,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import GELU, Mlp
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 from mosa_fast.adapters.block import AdaptedBlock
+from mosa_fast.adapters.inside_mlp import why_no_wider_mlp
 from mosa_fast.adapters.linears import LoRALinear
 from mosa_fast.adapters.model import AdaptedModel
 from mosa_fast.adapters.seams import call_qkv_as_module, seam_of
@@ -91,25 +92,7 @@ def why_not_folded(block: AdaptedBlock) -> str | None:
         return "its weights are quantised, and the adapter's, which would become a part of them, are not"
     if block.linears:
         return None
-    seam, mlp, norm = seam_of(block.block), block.mlp, block.norm2
-    if block.placement != "adaptformer":
-        return f"a {block.placement} adapter does not read what the MLP reads"
-    if type(mlp) is not Mlp:
-        return f"its MLP is gated ({type(mlp).__name__})"
-    if not isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity):
-        return "there is a norm inside its MLP"
-    if not is_exact_gelu(mlp.act):
-        return f"its activation is {type(mlp.act).__name__}, not the exact GELU"
-    adapter = block.adapters()[0]
-    if adapter.activation != "gelu":
-        return f"the adapter's activation is {adapter.activation}, not gelu"
-    if mlp.fc1.bias is None or mlp.fc2.bias is None:
-        return "its MLP has no biases"
-    if seam.norm_after_mlp:
-        return "its norm comes after the MLP, the adapter after that"
-    if adapter.norm is not None and not (isinstance(norm, nn.LayerNorm) and norm.eps == adapter.norm.eps):
-        return f"its norm is a {type(norm).__name__}, the adapter's a LayerNorm"
-    return None
+    return why_no_wider_mlp(block)
 
 
 def _wider(
@@ -150,7 +133,7 @@ def _folded_block(adapted: Any) -> nn.Module:
     weight1, bias1, weight2, bias2 = (
         tensor.double() for tensor in (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
     )
-    gamma = _gamma(block, seam.gamma)
+    gamma = seam.layer_scale(block)
     if gamma is not None and not seam.inside:
         weight2, bias2 = gamma.double()[:, None] * weight2, gamma.double() * bias2
         gamma.fill_(1.0)
@@ -197,13 +180,6 @@ def _widen(mlp: Any, hidden: int) -> None:
     mlp.fc2 = _linear(mlp.fc2, F.pad(mlp.fc2.weight, (0, spare)), mlp.fc2.bias)
 
 
-def _gamma(block: nn.Module, path: str) -> Tensor | None:
-    found: Any = block
-    for name in path.split("."):
-        found = getattr(found, name, None)
-    return found
-
-
 def _linear(like: nn.Linear, weight: Tensor, bias: Tensor) -> nn.Linear:
     made = nn.utils.skip_init(
         nn.Linear, weight.shape[1], weight.shape[0], dtype=like.weight.dtype, device=weight.device
@@ -211,8 +187,3 @@ def _linear(like: nn.Linear, weight: Tensor, bias: Tensor) -> nn.Linear:
     made.weight.copy_(weight)
     made.bias.copy_(bias)
     return made
-
-
-def is_exact_gelu(activation: nn.Module) -> bool:
-    """Whether a timm model's activation is `x * Phi(x)` itself, not one of its approximations."""
-    return isinstance(activation, GELU) or (type(activation) is nn.GELU and activation.approximate == "none")

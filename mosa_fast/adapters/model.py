@@ -25,6 +25,7 @@ from mosa_fast.adapters.adapter_file import (
     without_data,
 )
 from mosa_fast.adapters.block import AdaptedBlock, routed
+from mosa_fast.adapters.inside_mlp import why_branch
 from mosa_fast.adapters.linears import put_loras
 from mosa_fast.adapters.placements import PLACEMENTS, QKVO, repeat_batch
 from mosa_fast.adapters.seams import AFTER_BLOCKS, call_quantised_qkv, carries_samples, find_blocks, seam_of
@@ -300,6 +301,7 @@ def adapt(model: nn.Module, config: MoSAConfig | None = None) -> AdaptedModel:
             width, placement = norm.weight.numel(), PLACEMENTS[config.placement]
             made = placement.make(config, seam_of(block), width, norm_eps=norm.eps, **options)
             adapted_block = AdaptedBlock(block, config.placement, made)
+        why_branch(adapted_block)  # a form that cannot be is refused
         parent.register_module(name, adapted_block)
     for module in classifiers(model):
         module.requires_grad_(True)
@@ -329,7 +331,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> AdaptedModel:
     model = unwrapped(model)
     adapted: AdaptedModel | None = model if isinstance(model, AdaptedModel) else None
     if adapted is not None:
-        if adapted.mosa_config != metadata.config:
+        if adapted.mosa_config.to_dict() != metadata.config.to_dict():
             raise ValueError(f"{path} was saved with {metadata.config}, but the model has {adapted.mosa_config}")
         if metadata.classes is not None and adapted.classes not in (None, metadata.classes):
             raise ValueError(f"{path} is for {shown(metadata.classes)}, but the model is for {shown(adapted.classes)}")

@@ -74,9 +74,9 @@ def _adaptformer(
     """Beside the MLP: `h + mlp(norm2(h)) + s * up(drop(act(down(norm(h)))))`, or inside: `m + s * up(...(down(n)))`."""
     h = attend()
     if not seam.inside:
-        return adapters[0](h, seam.mlp(block, h), **_routed(routing, 0))
+        return adapters[0](h, seam.mlp(block, h), **routed_arguments(routing, 0))
     n, m = seam.inner(block, h)
-    branch = seam.finish(block, adapters[0](n, m, add_input=False, **_routed(routing, 0)))
+    branch = seam.finish(block, adapters[0](n, m, add_input=False, **routed_arguments(routing, 0)))
     if routing is not None and routing.fork:
         h = repeat_batch(h, routing.experts.shape[1])
     return h + branch
@@ -85,13 +85,13 @@ def _adaptformer(
 def _pfeiffer(block: nn.Module, seam: Seam, adapters: Adapters, attend: Attend, routing: BlockRouting | None) -> Tensor:
     """On the MLP's branch m, with LayerScale and drop-path: `h + m + up(act(down(norm(m))))`."""
     h = attend()
-    return adapters[0](seam.mlp(block, h), h, **_routed(routing, 0))
+    return adapters[0](seam.mlp(block, h), h, **routed_arguments(routing, 0))
 
 
 def _houlsby(block: nn.Module, seam: Seam, adapters: Adapters, attend: Attend, routing: BlockRouting | None) -> Tensor:
     """On the stream, after attention and after the MLP: `x + up(act(down(x)))`."""
-    h = adapters[0](attend(), **_routed(routing, 0))
-    return adapters[1](h + seam.mlp(block, h), **_routed(routing, 1))
+    h = adapters[0](attend(), **routed_arguments(routing, 0))
+    return adapters[1](h + seam.mlp(block, h), **routed_arguments(routing, 1))
 
 
 def _qkvo(
@@ -139,7 +139,7 @@ def repeat_batch(x: Tensor, views: int) -> Tensor:
     return x.repeat(views, *[1] * (x.ndim - 1))
 
 
-def _routed(routing: BlockRouting | None, index: int) -> dict[str, Any]:
+def routed_arguments(routing: BlockRouting | None, index: int) -> dict[str, Any]:
     """What a block's adapter is called with: its own experts and seed. Only the first one to run parts the views."""
     if routing is None:
         return {}

@@ -63,6 +63,13 @@ class Seam:
         """The MLP's branch with LayerScale and drop-path, without its residual."""
         return self.finish(block, self.inner(block, h)[1])
 
+    def layer_scale(self, block: nn.Module) -> Tensor | None:
+        """LayerScale's factor of the MLP's branch, `[D]`; None where there is none."""
+        found: Any = block
+        for name in self.gamma.split("."):
+            found = getattr(found, name, None)
+        return found
+
     @property
     def norm_after_mlp(self) -> bool:
         """Whether norm2 normalises what the MLP gives, not what it reads."""

@@ -1,12 +1,16 @@
-"""How many weights a model trains, keeps in its adapter file, and computes with after merging."""
+"""How many weights a model trains, keeps in its adapter file, and computes with after merging; how it computes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from mosa_fast.adapters.block import AdaptedBlock
+from mosa_fast.adapters.inside_mlp import why_branch
+from mosa_fast.adapters.wrapper import unwrapped_name
 from mosa_fast.backbones.heads import classifiers
 from mosa_fast.nn import SparseProjection
 from mosa_fast.nn.mixture import MixtureLayer
@@ -34,9 +38,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Summary:
-    """Parts of a model; `print(summary)` shows a table."""
+    """Parts of a model; `print(summary)` shows a table.
+
+    Attributes:
+        parts: of the table.
+        branches: of every block with adapters, by timm name, why they are computed beside its MLP (form branch); None:
+            inside the MLP's products (form mlp). See MoSAConfig.form.
+    """
 
     parts: tuple[Part, ...]
+    branches: Mapping[str, str | None] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Part:
         """A part by its name, or "adapters" or "all": the sum of the adapters' parts, or of everything."""
@@ -55,7 +66,12 @@ class Summary:
         ]
         lines.insert(-1, "-" * len(lines[0]))
         portion = self["all"].trained / max(1, self["all"].merged)
-        return "\n".join([*lines, f"trained: {portion:.2%} of the weights that the merged model has"])
+        return "\n".join([*lines, f"trained: {portion:.2%} of the weights that the merged model has{self._forms()}"])
+
+    def _forms(self) -> str:
+        counts = Counter(self.branches.values())
+        forms = ("form mlp" if reason is None else f"form branch ({reason})" for reason in counts)
+        return "".join(f"; {form}: {count} blocks" for form, count in zip(forms, counts.values(), strict=True))
 
 
 def summary(model: nn.Module) -> Summary:
@@ -75,7 +91,10 @@ def summary(model: nn.Module) -> Summary:
         part = Part(name, trained, every if stored else trained, every if merged is None else merged)
         found[name] = found.get(name, Part(name)) + part
 
-    for module in model.modules():
+    branches: dict[str, str | None] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, AdaptedBlock) and not module.linears:
+            branches[unwrapped_name(path).removeprefix("backbone.")] = why_branch(module)
         if isinstance(module, MixtureLayer):
             for name, projection in (("down-projections", module.down), ("up-projections", module.up)):
                 add(name, _all(projection), stored=True, merged=projection.merged_parameters)
@@ -87,7 +106,7 @@ def summary(model: nn.Module) -> Summary:
     for head in classifiers(model):
         add("head", _all(head), stored=True)
     add("backbone", model.parameters())
-    return Summary(tuple(found.values()))
+    return Summary(tuple(found.values()), branches)
 
 
 def _all(module: SparseProjection | nn.Module) -> list[Tensor]:

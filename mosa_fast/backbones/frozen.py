@@ -16,17 +16,20 @@ def draws_random_numbers(module: nn.Module) -> bool:
 
 def parts_samples(module: nn.Module) -> bool:
     """Whether a module, its children left out, draws something of its own for every sample."""
+    return module.training and drop_rate(module) > 0
+
+
+def drop_rate(module: nn.Module) -> float:
+    """The probability with which a module, its children left out, drops something in training."""
     if isinstance(module, _DropoutNd):
-        rate = module.p
-    elif isinstance(module, DropPath):
-        rate = module.drop_prob or 0.0
-    elif isinstance(module, (PatchDropout, PatchDropoutWithIndices)):
-        rate = module.prob
-    elif isinstance(module, Hiera):
-        rate = module.patch_drop_rate
-    else:
-        return False
-    return module.training and rate > 0
+        return module.p
+    if isinstance(module, DropPath):
+        return module.drop_prob or 0.0
+    if isinstance(module, (PatchDropout, PatchDropoutWithIndices)):
+        return module.prob
+    if isinstance(module, Hiera):
+        return module.patch_drop_rate
+    return 0.0
 
 
 def _moves_positions(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from mosa_fast.config import MoSAConfig
 from mosa_fast.nn.mixture import MixtureLayer
 from mosa_fast.nn.projection import SparseProjection
-from mosa_fast.ops import sparse_adapter
+from mosa_fast.ops import adapted_mlp, sparse_adapter
 from mosa_fast.ops.backends import resolve_backend
 from mosa_fast.ops.call import SparseAdapterCall, describe, product_dtype
 from mosa_fast.ops.prepare_weights import MasterWeights, PreparedWeights, prepare_weights
@@ -171,36 +172,67 @@ class SparseAdapter(MixtureLayer):
             prepared: what a model prepared of these weights for these experts, with those of its other layers
                 (`mosa_fast.ops.prepare_weights`); used where it is of the products' dtype.
         """
-        if x.shape[-1] != self.down.weight.shape[1]:
-            raise ValueError(f"x must be [N, ..., {self.down.weight.shape[1]}], got {describe(x)}")
-        norm, dropout = self.norm, self.dropout if self.training else 0.0
-        # Nothing is taken from torch's random state where nothing is random.
-        random = dropout > 0 or (experts is None and self.draws_experts)
-        key = as_seed(seed if random else 0, x.device)
         if prepared is not None and prepared.down.dtype != product_dtype(x):
             prepared = None
-        if experts is not None:
-            weights = self.weights(self.down.init)
-        elif not self.draws_experts and self._kept.serves(sources := self.sources()):
-            weights, experts = self._kept.get(sources, "merged", self._merged_weights)
-            prepared = self._prepared_for_evaluation(x, sources)
-        else:
-            own, down_init = self.own_experts(key, x.device)
-            weights, experts = self.weights(down_init), own[0]
+        weights, experts, options, kept = self._pass(x, experts, seed)
+        if kept is not None:
+            prepared = self._prepared_for_evaluation(x, kept)
         return sparse_adapter(
             x,
             skip,
             *weights,
             experts,
             activation=self.activation,
-            scale=self.scale,
-            dropout=dropout,
-            seed=key,
             add_input=add_input,
             fork=fork,
-            eps=1.0 if norm is None else norm.eps,
+            eps=1.0 if self.norm is None else self.norm.eps,
             prepared=prepared,
+            **options,
         )
+
+    def with_mlp(
+        self,
+        x: Tensor,
+        mlp: Mapping[str, Any],
+        experts: Tensor | None = None,
+        *,
+        seed: Tensor | int | None = None,
+        fork: bool = False,
+    ) -> Tensor:
+        """Apply the adapter and the frozen MLP beside it: `forward`, with the MLP's branch as its skip.
+
+        Args:
+            x: `[N, ..., dim]`.
+            mlp: norm2 with its eps, fc1, fc2 and LayerScale of the block, by the names that
+                `mosa_fast.ops.adapted_mlp` has for them.
+            experts, seed, fork: as forward's.
+        """
+        weights, experts, options, _ = self._pass(x, experts, seed)
+        return adapted_mlp(x, **mlp, **weights._asdict(), experts=experts, fork=fork, **options)
+
+    def _pass(
+        self, x: Tensor, experts: Tensor | None, seed: Tensor | int | None
+    ) -> tuple[MasterWeights, Tensor, dict[str, Any], tuple[Tensor | None, ...] | None]:
+        """What a pass computes with.
+
+        Returns:
+            The weights, their experts, the operators' scale, dropout and seed, and, where the weights are those that
+            evaluation keeps, what they were made from.
+        """
+        if x.shape[-1] != self.down.weight.shape[1]:
+            raise ValueError(f"x must be [N, ..., {self.down.weight.shape[1]}], got {describe(x)}")
+        dropout = self.dropout if self.training else 0.0
+        # Nothing is taken from torch's random state where nothing is random.
+        random = dropout > 0 or (experts is None and self.draws_experts)
+        key = as_seed(seed if random else 0, x.device)
+        options = {"scale": self.scale, "dropout": dropout, "seed": key}
+        if experts is not None:
+            return self.weights(self.down.init), experts, options, None
+        if not self.draws_experts and self._kept.serves(sources := self.sources()):
+            weights, experts = self._kept.get(sources, "merged", self._merged_weights)
+            return weights, experts, options, sources
+        own, down_init = self.own_experts(key, x.device)
+        return self.weights(down_init), own[0], options, None
 
     def weights(self, down_init: Tensor | None) -> MasterWeights:
         """The weights as the operator takes them. down_init: W0 of the down-projection, where the pass has it."""

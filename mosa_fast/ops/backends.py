@@ -14,8 +14,10 @@ import torch
 from mosa_fast.ops import extension
 
 BACKENDS = ("reference", "triton", "cuda")
-# The operators that a backend has kernels for; the reference serves all, and prepares no weights.
+# The operators that a backend has launchers for. The reference serves all others without (autograd differentiates
+# it), and prepares no weights.
 KERNELS = {
+    "reference": ("adapted_mlp",),
     "triton": ("sparse_adapter", "prepare_weights", "sparse_lora", "adapter_bank"),
     "cuda": ("sparse_adapter", "prepare_weights"),
 }
@@ -153,7 +155,7 @@ def _unserved(name: str, device: torch.device, dtype: torch.dtype, operator: str
     if name == "reference":
         return None
     if operator not in KERNELS[name]:
-        others = ", ".join(other for other in BACKENDS if operator in KERNELS.get(other, (operator,)))
+        others = ", ".join(other for other in BACKENDS if other == "reference" or operator in KERNELS[other])
         return f"it has no kernels for {operator}; use one of {others}"
     if dtype == torch.float64:
         return "float64 is for the reference backend"

@@ -255,6 +255,62 @@ class SparseLoRACall(Call, name="sparse_lora"):
 
 
 @dataclass(frozen=True)
+class AdaptedMLPCall(Call, name="adapted_mlp"):
+    """A call of `mosa_fast.ops.adapted_mlp`, whose docstring says what the arguments mean.
+
+    scale_tensor, if given, stands in for scale. seed is None where nothing is dropped.
+    input_gradient: x will get a gradient, so that what it needs is kept.
+    """
+
+    x: Annotated[Tensor, tensor("... D", gradient="input")]
+    mlp_norm_weight: Annotated[Tensor, tensor("D")]
+    mlp_norm_bias: Annotated[Tensor, tensor("D")]
+    fc1_weight: Annotated[Tensor, tensor("H D")]
+    fc1_bias: Annotated[Tensor, tensor("H")]
+    fc2_weight: Annotated[Tensor, tensor("D H")]
+    fc2_bias: Annotated[Tensor, tensor("D", only_added=True)]
+    layer_scale: Annotated[Tensor | None, tensor("D")]
+    norm_weight: Annotated[Tensor | None, tensor("D", gradient="weight")]
+    norm_bias: Annotated[Tensor | None, tensor("D", gradient="weight")]
+    down_weight: Annotated[Tensor, tensor("r D", gradient="weight")]
+    down_bias: Annotated[Tensor, tensor("E r", gradient="weight")]
+    up_weight: Annotated[Tensor, tensor("D r", gradient="weight")]
+    up_bias: Annotated[Tensor, tensor("E D", gradient="weight")]
+    down_init: Annotated[Tensor | None, tensor("r D")]
+    down_owner: Annotated[Tensor | None, tensor("r D", torch.uint8)]
+    up_owner: Annotated[Tensor | None, tensor("D r", torch.uint8)]
+    experts: Annotated[Tensor, tensor("V 2", torch.int32)]
+    scale_tensor: Annotated[Tensor | None, tensor(None, gradient="scale")]
+    seed: Annotated[Tensor | None, tensor(None, torch.int64)]
+    scale: float
+    dropout: float
+    fork: bool
+    eps: float
+    input_gradient: bool
+    product_dtype: torch.dtype
+
+    @property
+    def hidden(self) -> int:
+        """Hidden channels of the MLP, H."""
+        return self.fc1_weight.shape[0]
+
+    @property
+    def bottleneck(self) -> int:
+        """The bottleneck, r."""
+        return self.down_weight.shape[0]
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """Of sums and statistics."""
+        return torch.float64 if self.x.dtype == torch.float64 else torch.float32
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """Dtype of the output: of x plus a product."""
+        return torch.promote_types(self.x.dtype, self.product_dtype)
+
+
+@dataclass(frozen=True)
 class AdapterBankCall(Call, name="adapter_bank"):
     """A call of `mosa_fast.ops.adapter_bank`, whose docstring says what the arguments mean.
 

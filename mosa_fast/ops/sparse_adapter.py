@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mosa_fast.ops import launching, reference
 from mosa_fast.ops.backends import resolve_backend
-from mosa_fast.ops.call import SparseAdapterCall, check_device, check_scale, describe, product_dtype
+from mosa_fast.ops.call import AdaptedMLPCall, SparseAdapterCall, check_device, check_scale, describe, product_dtype
 from mosa_fast.ops.prepare_weights import MasterWeights, PreparedWeights, prepare_weights
 from mosa_fast.ops.registration import Operator
 from mosa_fast.ops.slots import padded_rank, padded_width
@@ -72,8 +72,8 @@ def sparse_adapter(
         ValueError: an argument does not fit; the message names it, what came and what was expected.
         RuntimeError: the backend that was asked for cannot serve.
     """
-    seed = _as_tensor(seed, x.device)
-    _check_seed(seed, x)
+    seed = as_tensor(seed, x.device)
+    check_seed(seed, x)
     check_scale(scale, x)
     down, up, vectors, up_bias_rows = (None, None, None, None) if prepared is None else prepared
     call = SparseAdapterCall(
@@ -103,7 +103,9 @@ def sparse_adapter(
         eps=float(eps),
         product_dtype=product_dtype(x),
     )
-    _check(call)
+    check_adapter(call)
+    if call.activation not in reference.ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, got {call.activation!r}")
     backend = resolve_backend(x.device, x.dtype, call.NAME)
     if backend == "reference":
         return reference.sparse_adapter(call)
@@ -149,21 +151,27 @@ def _check_prepared(call: SparseAdapterCall, prepared: PreparedWeights, backend:
         raise ValueError(f"prepared must be made for such a call: its down must be {wanted}, got {got}")
 
 
-def _as_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
+def as_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
+    """A seed as operators take it: a number becomes int64 `[1]`."""
     if isinstance(seed, Tensor):
         return seed.reshape(-1)
     # full, not tensor: a fill on the device neither waits for it nor breaks a graph that is being captured.
     return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
-def _check_seed(seed: Tensor, x: Tensor) -> None:
+def check_seed(seed: Tensor, x: Tensor) -> None:
+    """Raise a ValueError unless a seed is one or two int64 on x's device."""
     if seed.dtype != torch.int64 or seed.shape not in ((1,), (2,)):
         raise ValueError(f"seed must be int64 [1] or [2], got {describe(seed)}")
     check_device("seed", seed, x)
 
 
-def _check(call: SparseAdapterCall) -> None:
-    """What a call's shapes and dtypes alone do not say."""
+def check_adapter(call: SparseAdapterCall | AdaptedMLPCall) -> None:
+    """Check a call's tensors, and what their shapes and dtypes alone do not say of an adapter.
+
+    Raises:
+        ValueError: one does not fit; the message names it.
+    """
     call.check()
     if (call.norm_weight is None) != (call.norm_bias is None):
         missing = "norm_weight" if call.norm_weight is None else "norm_bias"
@@ -174,7 +182,5 @@ def _check(call: SparseAdapterCall) -> None:
     ):
         if owner is None and bias.shape[0] != 1:
             raise ValueError(f"{name} must be [1, {bias.shape[1]}] for a dense projection, got {describe(bias)}")
-    if call.activation not in reference.ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, got {call.activation!r}")
     if not 0.0 <= call.dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {call.dropout}")

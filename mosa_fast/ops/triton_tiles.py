@@ -84,10 +84,14 @@ TILES: dict[tuple[str, str], dict[tuple[int, int], Tile]] = {
     ("forward", "fork"): {(4, 64): Tile(16, 32, 4, 2)},
     ("backward_input", "fork"): {
         (2, 64): Tile(64, 64, 8, 2),
-        (2, 128): Tile(64, 32, 8, 1),
+        (2, 128): Tile(32, 32, 8, 2),
         (2, 256): Tile(32, 16, 8, 2),
     },
-    ("backward_input", "sparse_adapter fork"): {(2, 64): Tile(32, 64, 4, 3), (2, 256): Tile(16, 32, 8, 2)},
+    ("backward_input", "sparse_adapter fork"): {
+        (2, 64): Tile(32, 64, 4, 3),
+        (2, 256): Tile(16, 32, 8, 2),
+        (4, 128): Tile(16, 16, 16, 2),
+    },
     # D or r is no multiple of 16 bytes: no vector loads, an address for every element.
     ("forward", "ragged"): {
         (2, 64): Tile(32, 32, 8, 2),
@@ -106,7 +110,7 @@ TILES: dict[tuple[str, str], dict[tuple[int, int], Tile]] = {
         (4, 256): Tile(16, 16, 8, 2),
     },
     ("backward_weight", "ragged"): {
-        (2, 64): Tile(16, 32, 8, 2),
+        (2, 64): Tile(16, 16, 8, 2),
         (2, 128): Tile(16, 16, 8, 1),
         (2, 256): Tile(16, 16, 8, 1),
         (4, 64): Tile(16, 32, 8, 2),

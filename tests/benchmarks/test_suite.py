@@ -26,9 +26,10 @@ PAIRS = ("MoSL, reference", "paper, MoSL")
 BACKBONE_TRAINED = ("bias", "partial", "full")
 SERVED = ("no adapter", "bank, adapters", "swapped, adapters", "bank, pairs", "swapped, pairs")
 TIMED = {
-    **dict.fromkeys(("operator", "block", "evaluation"), ADAPTERS),
+    "operator": ADAPTERS,
+    **dict.fromkeys(("block", "evaluation"), (*ADAPTERS, "ours, mlp")),
     "lora": ("copy", *PAIRS),
-    "step": (*ADAPTERS, *PAIRS),
+    "step": (*ADAPTERS, *PAIRS, "ours, mlp"),
     "methods": (
         *("ours, reference", "MoSL, reference", "adapter", "lora", "random_mask", "linear"),
         *BACKBONE_TRAINED,
@@ -59,6 +60,7 @@ def test_every_case_times_what_runs_here(case, precision):
     if case == "step":
         assert state["no adapter"] < state["ours, reference"] < state["paper"]
         assert state["MoSL, reference"] < state["paper, MoSL"]
+        assert rows["ours, mlp"]["saved_mib"] < rows["ours, reference"]["saved_mib"]  # of activations for backward
     if case == "methods" and precision != "bf16-true":
         assert state["linear"] < state["bias"] < state["partial"] < state["full"]
         assert state["adapter"] < state["ours, reference"]

@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 from benchmarks.machine_code.ahead_of_time import launches
 from benchmarks.machine_code.calls import adapter_call
 from mosa_fast.ops import triton_tiles
+from mosa_fast.ops.backends import KERNELS
 from mosa_fast.ops.registration import OPERATORS
 
 
@@ -26,7 +27,7 @@ def test_unknown_chips_get_shorter_pipelines(architecture):
 
 @pytest.mark.parametrize("bottleneck", [1, 16, 17, 100, 255, 256])
 @pytest.mark.parametrize("kernel", triton_tiles.KERNELS)
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", [name for name in OPERATORS if name in KERNELS["triton"]])
 def test_every_bottleneck_has_a_tile(operator, kernel, bottleneck):
     for dtype in (torch.float32, torch.bfloat16):
         for fork in (False, True):

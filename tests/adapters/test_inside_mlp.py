@@ -1,0 +1,221 @@
+"""Adapters inside their MLPs' products: what models compute so, and where it is refused or not chosen."""
+
+import copy
+
+import pytest
+import torch
+from test_fold import NO
+from tiny_models import TINY, image
+
+import mosa_fast as mosa
+from mosa_fast.adapters.adapter_file import read_adapter
+from mosa_fast.adapters.block import AdaptedBlock
+from mosa_fast.adapters.inside_mlp import why_branch, why_not_inside
+from mosa_fast.nn.mixture import adapters
+from mosa_fast.training.optim import make_optimizer
+
+EXPERTS, STEPS = 3, 20
+FAMILIES = [
+    name for name in ("vit", "vit_layer_scale_registers", "swin", "cait", "hiera", "sam", "xcit") if name in TINY
+]
+
+
+def blocks(model):
+    return [module for module in model.modules() if isinstance(module, AdaptedBlock)]
+
+
+def plain(name):
+    return TINY[name](drop_path_rate=0.0)
+
+
+def pair(name="vit", *, double=True, **config):
+    """The same model in both forms, with random weights."""
+    made = []
+    for form in ("branch", "mlp"):
+        settings = {"bottleneck": 4, "experts": EXPERTS, "scale": 0.7, **config}
+        model = mosa.adapt(plain(name), mosa.MoSAConfig(form=form, **settings)).train()
+        model = model.double() if double else model
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for adapter in adapters(model):
+                for parameter in adapter.parameters():
+                    parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+        made.append(model)
+    images = image(made[0].backbone, 2)
+    return *made, images.double() if double else images
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def step(model, images, seed, views=2, run=None):
+    model.zero_grad()
+    logits = (model if run is None else run)(images, views=views, seed=seed)
+    torch.nn.functional.cross_entropy(logits, torch.arange(len(logits)) % 10).backward()
+    return logits.detach()
+
+
+def assert_equal(found, expected, limit=1e-12):
+    torch.testing.assert_close(found, expected, rtol=limit, atol=limit)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"share": "down"},
+        {"share": "up", "scale": "trainable", "bias": "split"},
+        {"share": "none", "merge": "joint"},
+        {"share": "none", "dropout": 0.0, "experts": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_both_forms_train_alike(name, config):
+    branch, inside, images = pair(name, **config)
+    assert all(why_branch(block) is None for block in blocks(inside))
+    optimizers = [make_optimizer(model, lr=1e-3, weight_decay=0.1) for model in (branch, inside)]
+    for number in range(STEPS if name == "vit" else 2):
+        assert_equal(step(inside, images, number), step(branch, images, number))
+        assert_equal(gradients(inside), gradients(branch))
+        for optimizer in optimizers:
+            optimizer.step()
+    assert_equal(dict(inside.named_parameters()), dict(branch.named_parameters()))
+    assert_equal(step(inside, images, 5, views=1), step(branch, images, 5, views=1))
+    assert_equal(inside.eval()(images), branch.eval()(images))
+    assert_equal(mosa.merge(inside)(images), branch(images))
+    assert_equal(inside.forward_intermediates(images)[0], branch.forward_intermediates(images)[0])
+
+
+def test_every_sample_can_have_its_own_experts():
+    branch, inside, images = pair(share="none")
+    experts = torch.randint(EXPERTS, (3, 3, 2), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    assert_equal(inside(images, experts=experts, seed=1), branch(images, experts=experts, seed=1))
+
+
+def test_checkpointing_accumulation_and_disabling():
+    branch, inside, images = pair()
+    step(branch, images, 3)
+    inside.set_grad_checkpointing()
+    step(inside, images, 3)
+    assert_equal(gradients(inside), gradients(branch))
+    inside.zero_grad()
+    for first in (0, 1):  # the parts of a batch
+        seed = torch.tensor([3, first])
+        logits = inside(images[first : first + 1], views=2, seed=seed)
+        (torch.nn.functional.cross_entropy(logits, torch.arange(4)[first::2]) / 2).backward()
+    assert_equal(gradients(inside), gradients(branch))
+    with inside.disable_adapters(), branch.disable_adapters():
+        assert_equal(inside(images), branch(images))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_half_precision_agrees_within_rounding(dtype):
+    branch, inside, images = pair(double=False)
+    found = []
+    for model in (branch, inside):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            step(model, images, 3)
+        found.append(torch.cat([gradient.flatten() for gradient in gradients(model).values()]))
+    difference = torch.linalg.vector_norm(found[0] - found[1]) / torch.linalg.vector_norm(found[0])
+    assert difference < (1e-5 if dtype == torch.float32 else 5e-2)
+
+
+def test_compiled_without_graph_breaks():
+    branch, inside, images = pair(double=False)
+    compiled = torch.compile(inside, fullgraph=True, backend="aot_eager")
+    for seed in (torch.tensor([1]), torch.tensor([2])):
+        assert_equal(step(inside, images, seed, run=compiled), step(branch, images, seed), 1e-5)
+        assert_equal(gradients(inside), gradients(branch), 1e-5)
+
+
+def test_adapter_files_are_the_same_in_both_forms(tmp_path):
+    branch, inside, images = pair(double=False)
+    for name, model in (("branch", branch), ("mlp", inside)):
+        mosa.save_adapter(model, tmp_path / name)
+    files = [read_adapter(tmp_path / name) for name in ("branch", "mlp")]
+    assert files[0][1].to_dict() == files[1][1].to_dict()
+    torch.testing.assert_close(files[0][0], files[1][0], rtol=0, atol=0)
+    loaded = mosa.load_adapter(plain("vit"), tmp_path / "mlp").eval()
+    assert_equal(loaded(images), branch.eval()(images), 1e-5)
+    mosa.load_adapter(inside, tmp_path / "branch")
+    bank = mosa.AdapterBank(plain("vit"), {"task": tmp_path / "mlp"})
+    assert_equal(bank(images, tasks="task"), branch(images), 1e-5)
+    assert_equal(mosa.fold(inside)(images), branch(images), 1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in NO if name in TINY])
+def test_a_model_where_it_is_not_exact_takes_the_branch(name):
+    model = mosa.adapt(TINY[name](), mosa.MoSAConfig(bottleneck=4))
+    assert NO[name] in str(why_branch(blocks(model)[-1]))
+    with pytest.raises(ValueError, match=f"form mlp is not exact in a .*: .*{NO[name]}.*; use auto or branch"):
+        mosa.adapt(TINY[name](), mosa.MoSAConfig(bottleneck=4, form="mlp"))
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"placement": "pfeiffer"}, "a pfeiffer adapter does not read"),
+        ({"placement": "houlsby"}, "a houlsby adapter does not read"),
+        ({"activation": "relu"}, "the adapter's activation is relu"),
+        ({"method": "lora"}, "low-rank pairs are in its attention"),
+    ],
+)
+def test_other_adapters_are_refused(config, reason):
+    with pytest.raises(ValueError, match=reason):
+        mosa.adapt(TINY["vit"](), mosa.MoSAConfig(bottleneck=4, form="mlp", **config))
+
+
+def wrapped(block):
+    block.adapter = torch.compile(block.adapter, backend="eager")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda block: setattr(block.mlp.drop1, "p", 0.1), "dropout or drop-path"),
+        (lambda block: block.mlp.fc1.weight.requires_grad_(), "trained"),
+        (lambda block: block.mlp.register_forward_hook(lambda *_: None), "hooks"),
+        (lambda block: setattr(block.mlp, "act", torch.nn.ReLU()), "its activation is ReLU"),
+        (lambda block: setattr(block.adapter.norm, "eps", 0.1), "the adapter's a LayerNorm"),
+        (wrapped, "in place of its adapter there is a OptimizedModule"),
+    ],
+    ids=["dropout", "trained", "hooks", "activation", "eps", "wrapped"],
+)
+def test_what_changes_later_is_noticed(change, reason):
+    model = mosa.adapt(TINY["vit"](), mosa.MoSAConfig(bottleneck=4, experts=EXPERTS)).train()
+    block = blocks(model)[1]
+    assert why_branch(block) is None
+    change(block)
+    assert reason in why_not_inside(block)
+    assert reason in why_branch(block)
+    model(image(model.backbone), views=2, seed=0).sum().backward()
+
+
+def test_changed_frozen_weights_are_what_is_computed_with():
+    branch, inside, images = pair()
+    for model in (branch, inside):
+        model(images, seed=1)
+        model.load_state_dict({name: 1.1 * t if t.is_floating_point() else t for name, t in model.state_dict().items()})
+    assert_equal(inside(images, seed=1), branch(images, seed=1))
+    assert_equal(inside.float()(images.float(), seed=1), branch.float()(images.float(), seed=1), 1e-5)
+
+
+def test_auto_leaves_the_choice_to_who_asked_for_a_backend_or_an_export():
+    model = mosa.adapt(TINY["vit"](), mosa.MoSAConfig(bottleneck=4)).eval()
+    block = blocks(model)[0]
+    assert why_branch(block) is None
+    with mosa.backend("reference"):
+        assert "reference" in why_branch(block)
+    program = torch.export.export(model, (image(model.backbone),))
+    assert "mosa_fast" not in str(program.graph)
+    assert "on meta" in why_branch(blocks(copy.deepcopy(model).to("meta"))[0])
+
+
+def test_the_summary_says_which_form_each_block_has():
+    model = mosa.adapt(TINY["vit"](), mosa.MoSAConfig(bottleneck=4))
+    blocks(model)[1].mlp.drop2.p = 0.5
+    counts = mosa.summary(model)
+    assert list(counts.branches) == ["blocks.0", "blocks.1", "blocks.2"]
+    assert [counts.branches[f"blocks.{number}"] is None for number in range(3)] == [True, False, True]
+    assert "form mlp: 2 blocks; form branch (its MLP has dropout or drop-path): 1 blocks" in str(counts)

@@ -1,0 +1,183 @@
+"""The operator adapted_mlp is sparse_adapter with an MLP's branch as its skip: outputs and every gradient."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mosa_fast.nn import SparseAdapter
+from mosa_fast.ops import registration
+from mosa_fast.ops.call import AdaptedMLPCall
+from mosa_fast.ops.registration import OPERATORS
+
+WIDTH, BOTTLENECK, HIDDEN, SAMPLES, TOKENS, EXPERTS = 24, 5, 40, 4, 3, 3
+AXES = (("down", "up", "none"), (False, True), (1, 2, SAMPLES), (False, True), (False, True), (0.3, "trainable"))
+EPS = 1e-6
+
+
+def frozen(dtype, layer_scale):
+    """norm2, the MLP and LayerScale, as the operator takes them."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = {
+        "mlp_norm_weight": (WIDTH,),
+        "mlp_norm_bias": (WIDTH,),
+        "fc1_weight": (HIDDEN, WIDTH),
+        "fc1_bias": (HIDDEN,),
+        "fc2_weight": (WIDTH, HIDDEN),
+        "fc2_bias": (WIDTH,),
+        "layer_scale": (WIDTH,),
+    }
+    made = {name: 0.3 * torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    return made if layer_scale else made | {"layer_scale": None}
+
+
+def adapter_of(dtype, **options):
+    torch.manual_seed(0)
+    adapter = SparseAdapter(WIDTH, BOTTLENECK, EXPERTS, **options).to(dtype).train()
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return adapter
+
+
+def branch(adapter, mlp, x, experts, **options):
+    """The same by the operator that stands beside the MLP."""
+    n = F.layer_norm(x, (WIDTH,), mlp["mlp_norm_weight"], mlp["mlp_norm_bias"], EPS)
+    m = F.linear(F.gelu(F.linear(n, mlp["fc1_weight"], mlp["fc1_bias"])), mlp["fc2_weight"], mlp["fc2_bias"])
+    m = m if mlp["layer_scale"] is None else mlp["layer_scale"] * m
+    if adapter.norm is not None:
+        return adapter(x, m, experts, **options)
+    stream = x.repeat(len(experts), 1, 1) if options["fork"] else x
+    return stream + adapter(n, m, experts, add_input=False, **options)
+
+
+def inside(adapter, mlp, x, experts, **options):
+    return adapter.with_mlp(x, mlp | {"eps": EPS}, experts, **options)
+
+
+def outcome(compute, adapter, mlp, x, *arguments, autocast=False, **options):
+    """The output and every gradient, by name."""
+    x = x.detach().requires_grad_()
+    adapter.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = compute(adapter, mlp, x, *arguments, **options)
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out.dtype))
+    return {"out": out.detach(), "x": x.grad, **{name: p.grad for name, p in adapter.named_parameters()}}
+
+
+def stream(dtype=torch.float64):
+    return 0.5 + torch.randn(SAMPLES, TOKENS, WIDTH, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+
+def assert_same(found, expected, limit):
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert value.dtype == expected[name].dtype, name
+        difference = torch.linalg.vector_norm(value.double() - expected[name].double())
+        assert difference <= limit * torch.linalg.vector_norm(expected[name].double()), name
+
+
+@pytest.mark.parametrize(("share", "fork", "views", "norm", "layer_scale", "scale"), list(itertools.product(*AXES)))
+def test_it_computes_what_the_branch_does(share, fork, views, norm, layer_scale, scale):
+    adapter = adapter_of(torch.float64, share=share, scale=scale, dropout=0.3, norm=norm)
+    experts = torch.randint(EXPERTS, (views, 2), generator=torch.Generator().manual_seed(4), dtype=torch.int32)
+    arguments = (adapter, frozen(torch.float64, layer_scale), stream(), experts)
+    options = {"seed": torch.tensor([7, 3]), "fork": fork}
+    assert_same(outcome(inside, *arguments, **options), outcome(branch, *arguments, **options), 1e-12)
+
+
+@pytest.mark.parametrize("bias", ["per_expert", "split"])
+def test_split_biases_merged_experts_and_no_dropout(bias):
+    adapter = adapter_of(torch.float64, share="none", bias=bias, dropout=0.0)
+    experts = torch.tensor([[-1, 0], [2, -1]], dtype=torch.int32)
+    arguments = (adapter, frozen(torch.float64, True), stream(), experts)
+    for fork in (False, True):
+        found, expected = (outcome(f, *arguments, seed=0, fork=fork) for f in (inside, branch))
+        assert_same(found, expected, 1e-12)
+
+
+@pytest.mark.parametrize("fork", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "limit"),
+    [
+        (torch.float32, False, 1e-5),
+        (torch.float32, True, 2e-2),
+        (torch.bfloat16, False, 2e-2),
+        (torch.bfloat16, True, 2e-2),
+    ],
+)
+def test_other_dtypes_and_autocast(dtype, autocast, limit, fork):
+    adapter = adapter_of(torch.float32, share="none")
+    arguments = (adapter, frozen(dtype, True), stream(dtype), torch.tensor([[0, 1], [2, 0]], dtype=torch.int32))
+    options = {"seed": 5, "fork": fork, "autocast": autocast}
+    assert_same(outcome(inside, *arguments, **options), outcome(branch, *arguments, **options), limit)
+
+
+def test_a_mean_far_from_zero_costs_little_accuracy():
+    """The adapter's products read x itself, and its mean is taken off afterwards: 30 standard deviations here."""
+    adapter = adapter_of(torch.float32)
+    x, experts = stream(torch.float32) + 30, torch.tensor([[0, 1]], dtype=torch.int32)
+    options = {"seed": 0, "fork": False}
+    found = outcome(inside, adapter, frozen(torch.float32, False), x, experts, **options)
+    exact = outcome(branch, adapter.double(), frozen(torch.float64, False), x.double(), experts, **options)
+    for name, value in found.items():
+        error = torch.linalg.vector_norm(value.double() - exact[name]) / torch.linalg.vector_norm(exact[name])
+        assert error < 3e-5, name
+
+
+def operator_call(share="none", fork=False, input_gradient=True):
+    adapter, mlp = adapter_of(torch.float32, share=share, scale="trainable"), frozen(torch.float32, True)
+    caught = []
+    operator = OPERATORS["adapted_mlp"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(operator), "__call__", lambda self, call, backend: caught.append(call) or call.x)
+        x = stream(torch.float32).requires_grad_(input_gradient)
+        inside(adapter, mlp, x, torch.tensor([[0, 1], [2, 0]], dtype=torch.int32), seed=5, fork=fork)
+    return caught[0]
+
+
+@pytest.mark.parametrize(("share", "fork"), [("none", False), ("down", True)])
+def test_opcheck(share, fork):
+    call = operator_call(share, fork)
+    torch.library.opcheck(torch.ops.mosa_fast.adapted_mlp.default, [*call.values(), True, "reference"])
+
+
+def test_opcheck_of_the_backward():
+    call = operator_call()
+    values = [v.detach() if isinstance(v, torch.Tensor) else v for v in call.values()]
+    out, *saved = torch.ops.mosa_fast.adapted_mlp(*values, True, "reference")
+    tensors, options = values[: len(call.TENSORS)], values[len(call.TENSORS) :]
+    tensors[list(call.TENSORS).index("fc2_bias")] = None
+    needed = [True] * sum(facts.gradient is not None for facts in AdaptedMLPCall.TENSORS.values())
+    arguments = [*tensors, *saved, torch.randn_like(out), *options, needed, None, "reference"]
+    torch.library.opcheck(torch.ops.mosa_fast.adapted_mlp_backward.default, arguments)
+
+
+def test_nothing_is_kept_that_backward_does_not_need():
+    for input_gradient in (False, True):
+        call = operator_call(input_gradient=input_gradient)
+        _, stats, pre, *_ = OPERATORS["adapted_mlp"].results(call, True)
+        assert pre.shape == ((SAMPLES * TOKENS if input_gradient else 0), HIDDEN)
+        assert stats.numel() == 2 * SAMPLES * TOKENS
+    assert all(not tensor.numel() for tensor in OPERATORS["adapted_mlp"].results(call, False)[1:])
+
+
+def test_an_empty_batch():
+    adapter = adapter_of(torch.float64)
+    x = stream()[:0].requires_grad_()
+    out = inside(adapter, frozen(torch.float64, False), x, torch.zeros(1, 2, dtype=torch.int32), seed=0, fork=False)
+    out.sum().backward()
+    assert out.shape == x.shape
+    assert all(not parameter.grad.any() for parameter in adapter.parameters())
+
+
+def test_bad_arguments_are_named():
+    adapter, mlp = adapter_of(torch.float64), frozen(torch.float64, False)
+    experts = torch.zeros(1, 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"fc2_weight must be floating point \[24, 40\], got float64 \[40, 24\]"):
+        inside(adapter, mlp | {"fc2_weight": mlp["fc1_weight"]}, stream(), experts)
+    with pytest.raises(ValueError, match="fc1_weight must be frozen"):
+        inside(adapter, mlp | {"fc1_weight": mlp["fc1_weight"].requires_grad_()}, stream(), experts)
+    with pytest.raises(RuntimeError, match="backend 'triton' has no adapted_mlp kernels"):
+        registration.launchers("adapted_mlp", "triton")
