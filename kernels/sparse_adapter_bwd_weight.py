@@ -12,7 +12,7 @@ so the norm's gradients too come from Q, and x and y are read once. [owned] is 1
 everywhere for merged), 0 elsewhere: the zeros are written by the kernel. sum y and sum t come from the kernel towards
 the input, as sums over its blocks of rows.
 
-x that is in the products' dtype (16 bits) is multiplied as it lies in memory, so that no load passes through registers
+x in bfloat16, in which the products are, is multiplied as it lies in memory, so that no load passes through registers
 and all are asynchronous copies: with t' = rstd t and c = sum of t' mean over the rows, both from the kernel towards the
 input,
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mosa_fast.adapters.inside_mlp import frozen_mlp, why_branch
+from mosa_fast.adapters.inside_mlp import frozen_mlp, is_inside
 from mosa_fast.adapters.linears import bypassed_linears, linears_of
 from mosa_fast.adapters.placements import placement_of, repeat_batch, routed_arguments
 from mosa_fast.adapters.seams import seam_of
@@ -41,13 +41,24 @@ class AdaptedBlock(Wrapper):
         routing: what the adapters compute with in the pass that is running; None between passes.
         outputs: receives the output of the pass that is running, if anybody wants it; None between passes.
         disabled: compute what timm's block does, without the adapters.
+        form: of the adapter, as in MoSAConfig.form.
         grad_checkpointing: recompute this block in the backward pass in place of keeping its activations.
     """
 
     CHILD = "block"
 
-    def __init__(self, block: nn.Module, placement: str, adapters: Mapping[str, SparseAdapter] | None = None) -> None:
+    form = "auto"  # of blocks that were pickled before there was a choice, too
+
+    def __init__(
+        self,
+        block: nn.Module,
+        placement: str,
+        adapters: Mapping[str, SparseAdapter] | None = None,
+        *,
+        form: str = "auto",
+    ) -> None:
         super().__init__()
+        self.form = form
         self.placement = placement
         self.linears = linears_of(block)
         self.adapter_names = tuple(adapters or ())
@@ -75,7 +86,8 @@ class AdaptedBlock(Wrapper):
             and (placement_of(self.placement).parts_at_input or draws_random_numbers(self.block))
         ):
             x, routing = repeat_batch(x, routing.experts.shape[1]), routing._replace(fork=False)
-        run = self._run_frozen if self.disabled else self._run
+        # Decided here and not in a recomputation, which backward may ask for under other settings.
+        run = self._run_frozen if self.disabled else self._run_inside if is_inside(self) else self._run
         if self.grad_checkpointing and self.training:
             # To save torch's random state, the host waits for the GPU: done only where the frozen block draws from it.
             draws = draws_random_numbers(self.block)
@@ -89,13 +101,13 @@ class AdaptedBlock(Wrapper):
     def _run(self, x: Tensor, routing: BlockRouting | None, args: Any, kwargs: Any) -> Tensor:
         seam, run = seam_of(self.block), placement_of(self.placement).run
         attend = functools.partial(seam.attention, self.block, x, *args, **kwargs)
-        if why_branch(self) is None:
-            arguments = routed_arguments(routing, 0)
-            arguments.pop("prepared", None)  # for kernels
-            total = self.adapters()[0].with_mlp(attend(), frozen_mlp(self), **arguments)
-        else:
-            total = run(self.block, seam, self.linears or self.adapters(), attend, routing)
-        return seam.output(self.block, total)
+        return seam.output(self.block, run(self.block, seam, self.linears or self.adapters(), attend, routing))
+
+    def _run_inside(self, x: Tensor, routing: BlockRouting | None, args: Any, kwargs: Any) -> Tensor:
+        seam, arguments = seam_of(self.block), routed_arguments(routing, 0)
+        arguments.pop("prepared", None)  # for kernels
+        stream = seam.attention(self.block, x, *args, **kwargs)
+        return seam.output(self.block, self.adapters()[0].with_mlp(stream, frozen_mlp(self), **arguments))
 
     def _run_frozen(self, x: Tensor, routing: BlockRouting | None, args: Any, kwargs: Any) -> Tensor:
         # Here and not around the pass, so that a recomputation in the backward pass leaves the pairs out, too.
@@ -151,12 +163,12 @@ def prepare(blocks: Sequence[AdaptedBlock], experts: Tensor) -> list[PreparedWei
     """What kernels read of the weights of all adapters in the blocks, for these experts `[adapters, V, 2]`.
 
     None where nothing is prepared: for the reference, for low-rank pairs, where an adapter is not what it was made as
-    (wrapped, say), and for experts that the operator will refuse: each layer then does by itself.
+    (wrapped, say), on several devices, and for what the operator will refuse: each layer then does by itself.
     """
     layers = [adapter for block in blocks for adapter in block.adapters()]
     if any(type(layer) is not SparseAdapter for layer in layers):
         return None
-    if experts.dtype != torch.int32 or experts.device != layers[0].down.weight.device:
+    if experts.dtype != torch.int32 or any(experts.device != layer.down.weight.device for layer in layers):
         return None
     # The stream's dtype, which a block is yet to be given: should it be another one, the layers prepare by themselves.
     stream = next(p.dtype for p in blocks[0].block.parameters() if p.is_floating_point())
@@ -164,4 +176,6 @@ def prepare(blocks: Sequence[AdaptedBlock], experts: Tensor) -> list[PreparedWei
     if backend == "reference":
         return None
     weights = [layer.weights(layer.down.init) for layer in layers]
+    if any((w.norm_weight is None) != (w.norm_bias is None) for w in weights):
+        return None
     return prepare_weights(weights, experts, product_dtype_of(experts.device, stream), backend)

@@ -5,17 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import GELU, Mlp
+from timm.layers import GELU, DropPath, LayerScale, Mlp
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 from mosa_fast.adapters.seams import seam_of
 from mosa_fast.backbones.frozen import drop_rate
 from mosa_fast.nn import SparseAdapter
-from mosa_fast.nn.mixture import MixtureLayer
 from mosa_fast.ops import get_backend
 
 # Where the products of the MLP have been measured to be faster than the branch (docs/design.md).
 FASTER_ON = ("cpu",)
+# What may stand between the products, since what it computes is known; a subclass may compute something else.
+KNOWN = (nn.Identity, nn.Dropout, DropPath, LayerScale)
 
 
 def why_branch(block: Any) -> str | None:
@@ -23,26 +26,39 @@ def why_branch(block: Any) -> str | None:
 
     Args:
         block: an AdaptedBlock.
+    """
+    if block.form == "branch":
+        return "its configuration says so"
+    return (None if block.form == "mlp" else _why_not_faster(block)) or why_not_inside(block)
+
+
+def is_inside(block: Any) -> bool:
+    """Whether an adapted block computes its adapter inside the MLP's products.
 
     Raises:
         ValueError: its configuration asks for the form mlp, which is not exact here; the message says why.
     """
-    form = next((layer.config.form for layer in block.adapters() if isinstance(layer, MixtureLayer)), "auto")
-    if form == "branch":
-        return "its configuration says so"
-    reason = why_not_inside(block)
-    if form == "mlp":
-        if reason is not None:
-            raise ValueError(f"form mlp is not exact in a {type(block.block).__name__}: {reason}; use auto or branch")
-        return None
-    device = block.block.norm2.weight.device.type
-    if reason is None and device not in FASTER_ON:
-        return f"on {device} the other form is not known to be faster"
-    if reason is None and get_backend() != "auto":
+    reason = why_branch(block)
+    if reason is not None and block.form == "mlp":
+        raise ValueError(f"form mlp is not exact in a {type(block.block).__name__}: {reason}; use auto or branch")
+    return reason is None
+
+
+def _why_not_faster(block: Any) -> str | None:
+    """Why the form auto takes the branch even where both are exact; the cheapest questions first."""
+    weight = next(block.parameters())
+    if weight.device.type not in FASTER_ON:
+        return f"on {weight.device.type} the other form is not known to be faster"
+    if get_backend() != "auto":
         return f"the backend {get_backend()} was asked for"
-    if reason is None and (torch.compiler.is_exporting() or torch.jit.is_tracing()):
-        return "an exported program must not need an operator of this package"
-    return reason
+    if torch.is_autocast_enabled(weight.device.type) or weight.dtype.itemsize < 4:
+        return "in half precision the other form is not faster"
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return "a compiler sees more in the branch, and an exported program needs no operator of this package"
+    # Derivatives that the operator has not: torch.func's transforms and forward mode.
+    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+        return "a transform of torch.func or forward-mode differentiation runs"
+    return None
 
 
 def why_not_inside(block: Any) -> str | None:
@@ -53,22 +69,28 @@ def why_not_inside(block: Any) -> str | None:
     if reason is not None:
         return reason
     timm_block: Any = block.block
-    adapter, mlp, norm = block.adapters()[0], timm_block.mlp, timm_block.norm2
+    adapter, mlp, norm, seam = block.adapters()[0], timm_block.mlp, timm_block.norm2, seam_of(timm_block)
     if type(adapter) is not SparseAdapter:
         return f"in place of its adapter there is a {type(adapter).__name__}"
+    if (adapter.norm is None) != seam.inside:
+        return "its adapter's norm is not what this family of blocks has"
     if type(mlp.fc1) is not nn.Linear or type(mlp.fc2) is not nn.Linear:
-        return f"its MLP's linears are {type(mlp.fc1).__name__} and {type(mlp.fc2).__name__}"
-    dropped = (mlp.drop1, mlp.drop2, *(getattr(timm_block, name, None) for name in ("drop_path", "drop_path2")))
-    if any(module is not None and drop_rate(module) > 0 for module in dropped):
+        return f"its MLP's linears are {_name(mlp.fc1)} and {_name(mlp.fc2)}"
+    between = [mlp.drop1, mlp.drop2, *(getattr(timm_block, name, None) for name in ("drop_path", "drop_path2", "ls2"))]
+    between = [module for module in between if module is not None]
+    unknown = next((module for module in between if type(module) not in KNOWN), None)
+    if unknown is not None:
+        return f"there is a {_name(unknown)} on its MLP's way"
+    if any(drop_rate(module) > 0 for module in between):
         return "its MLP has dropout or drop-path"
-    if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
+    if norm.weight is None or norm.bias is None:
         return "its norm is not a LayerNorm with weight and bias"
     weights = [tensor for tensor in frozen_mlp(block).values() if isinstance(tensor, Tensor)]
     if any(tensor.requires_grad for tensor in weights):
         return "its MLP is trained"
     if any(not _is_plain(tensor) for tensor in weights):
         return "its MLP's weights are not plain floating-point tensors"
-    if any(map(_has_hooks, (norm, mlp, mlp.fc1, mlp.act, mlp.fc2, adapter))):
+    if _has_any_global_hook() or any(map(_is_watched, (norm, mlp, mlp.fc1, mlp.act, mlp.fc2, adapter, *between))):
         return "hooks want to see what its MLP or adapter computes"
     return None
 
@@ -80,7 +102,7 @@ def why_no_wider_mlp(block: Any) -> str | None:
     if block.placement != "adaptformer":
         return f"a {block.placement} adapter does not read what the MLP reads"
     if type(mlp) is not Mlp:
-        return f"its MLP is gated ({type(mlp).__name__})"
+        return f"its MLP is a {_name(mlp)}, which may be gated or wrapped"
     if not isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity):
         return "there is a norm inside its MLP"
     if not is_exact_gelu(mlp.act):
@@ -93,8 +115,8 @@ def why_no_wider_mlp(block: Any) -> str | None:
     if seam.norm_after_mlp:
         return "its norm comes after the MLP, the adapter after that"
     own_norm = getattr(adapter, "norm", None)
-    if own_norm is not None and not (isinstance(norm, nn.LayerNorm) and norm.eps == own_norm.eps):
-        return f"its norm is a {type(norm).__name__}, the adapter's a LayerNorm"
+    if not _is_layer_norm(norm) or (own_norm is not None and norm.eps != own_norm.eps):
+        return f"its norm is a {_name(norm)}, the adapter's a LayerNorm with eps {getattr(own_norm, 'eps', None)}"
     return None
 
 
@@ -123,5 +145,16 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point()
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+def _is_layer_norm(module: nn.Module) -> bool:
+    """Whether a module is a LayerNorm as torch or timm wrote it."""
+    return isinstance(module, nn.LayerNorm) and type(module).__module__.split(".")[0] in ("torch", "timm")
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether anything but the module's class has a say in calling it: hooks, or a forward of the instance's own."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in module.__dict__
+
+
+def _name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"

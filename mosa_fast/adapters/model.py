@@ -25,7 +25,7 @@ from mosa_fast.adapters.adapter_file import (
     without_data,
 )
 from mosa_fast.adapters.block import AdaptedBlock, routed
-from mosa_fast.adapters.inside_mlp import why_branch
+from mosa_fast.adapters.inside_mlp import is_inside
 from mosa_fast.adapters.linears import put_loras
 from mosa_fast.adapters.placements import PLACEMENTS, QKVO, repeat_batch
 from mosa_fast.adapters.seams import AFTER_BLOCKS, call_quantised_qkv, carries_samples, find_blocks, seam_of
@@ -285,6 +285,7 @@ def adapt(model: nn.Module, config: MoSAConfig | None = None) -> AdaptedModel:
     checkpoints = any(map(_checkpoints, model.modules()))
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(config.seed)
+    adapted_blocks = []
     for parent, name, block in found:
         norm: Any = block.norm2
         options = {
@@ -296,12 +297,14 @@ def adapt(model: nn.Module, config: MoSAConfig | None = None) -> AdaptedModel:
         call_quantised_qkv(block)
         if config.method == "lora":
             put_loras(block, config, **options)
-            adapted_block = AdaptedBlock(block, QKVO)
+            adapted_block = AdaptedBlock(block, QKVO, form=config.form)
         else:
             width, placement = norm.weight.numel(), PLACEMENTS[config.placement]
             made = placement.make(config, seam_of(block), width, norm_eps=norm.eps, **options)
-            adapted_block = AdaptedBlock(block, config.placement, made)
-        why_branch(adapted_block)  # a form that cannot be is refused
+            adapted_block = AdaptedBlock(block, config.placement, made, form=config.form)
+        is_inside(adapted_block)  # a form that cannot be is refused, before anything is put in
+        adapted_blocks.append((parent, name, adapted_block))
+    for parent, name, adapted_block in adapted_blocks:
         parent.register_module(name, adapted_block)
     for module in classifiers(model):
         module.requires_grad_(True)

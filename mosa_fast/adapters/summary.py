@@ -47,7 +47,7 @@ class Summary:
     """
 
     parts: tuple[Part, ...]
-    branches: Mapping[str, str | None] = field(default_factory=dict)
+    branches: Mapping[str, str | None] = field(default_factory=dict, hash=False)
 
     def __getitem__(self, name: str) -> Part:
         """A part by its name, or "adapters" or "all": the sum of the adapters' parts, or of everything."""

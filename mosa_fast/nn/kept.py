@@ -16,8 +16,9 @@ class Kept:
     """Results that were made from tensors, by name.
 
     They are made anew when a tensor is another one, lies elsewhere, or was written to: torch counts writes in place.
-    Not counted are writes through `.data`, of fused optimizers, and of replayed CUDA graphs. Whoever has such a model
-    sets its mode again, which drops all that is kept.
+    Not counted are writes through `.data` and `.numpy()`, of fused optimizers, of collectives (DDP's broadcast at its
+    start), of other processes that share the memory, and of replayed CUDA graphs. Whoever has such a model sets its
+    mode again, which drops all that is kept.
 
     Attributes:
         trained: the layer ran with gradients, so that an optimizer may write to its weights: nothing is kept any more.
@@ -25,7 +26,9 @@ class Kept:
 
     def __init__(self) -> None:
         self.trained = False
-        self._made: tuple[Any, dict[Hashable, Any]] = (None, {})  # from what, and the results
+        # From what, the results, and what holds the tensors and their memory: a later tensor could have the same
+        # identity, address and count otherwise.
+        self._made: tuple[Any, dict[Hashable, Any], Any] = (None, {}, ())
 
     def serves(self, sources: Sequence[Tensor | None]) -> bool:
         """Whether what is made from these tensors now may serve a later pass.
@@ -44,11 +47,17 @@ class Kept:
 
     def get(self, sources: Sequence[Tensor | None], name: Hashable, make: Callable[[], T]) -> T:
         """The result of this name, made now if it is not there."""
-        state = [None if t is None else (id(t), t._version, t.data_ptr(), t.dtype, t.device) for t in sources]
-        known, results = self._made
+        state: list[Any] = [
+            None if t is None else (id(t), t._version, t.data_ptr(), t.dtype, t.device) for t in sources
+        ]
+        tensors = [tensor for tensor in sources if tensor is not None]
+        if tensors[0].is_cuda:  # another stream would not wait for this one
+            state.append(torch.cuda.current_stream(tensors[0].device).cuda_stream)
+        known, results, _ = self._made
         if known != state:
             results = {}
-            self._made = state, results  # in one step: other threads may be here
+            # In one step: other threads may be here.
+            self._made = state, results, [(tensor, tensor.detach()) for tensor in tensors]
         if name not in results:
             # Tensors of inference mode could not be used outside of it.
             with torch.inference_mode(False), torch.no_grad():

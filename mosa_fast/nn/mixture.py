@@ -99,6 +99,11 @@ class MixtureLayer(nn.Module):
         super()._apply(*args, **kwargs)
         return self
 
+    def _replicate_for_data_parallel(self) -> MixtureLayer:
+        replica: MixtureLayer = super()._replicate_for_data_parallel()
+        replica._kept = Kept()  # its weights are copies on another device
+        return replica
+
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles hold: not what is kept."""
         return self.__dict__ | {"_kept": Kept()}

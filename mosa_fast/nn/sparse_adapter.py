@@ -226,9 +226,10 @@ class SparseAdapter(MixtureLayer):
         random = dropout > 0 or (experts is None and self.draws_experts)
         key = as_seed(seed if random else 0, x.device)
         options = {"scale": self.scale, "dropout": dropout, "seed": key}
+        served = not self.draws_experts and self._kept.serves(sources := self.sources())
         if experts is not None:
             return self.weights(self.down.init), experts, options, None
-        if not self.draws_experts and self._kept.serves(sources := self.sources()):
+        if served:
             weights, experts = self._kept.get(sources, "merged", self._merged_weights)
             return weights, experts, options, sources
         own, down_init = self.own_experts(key, x.device)
@@ -266,7 +267,9 @@ class SparseAdapter(MixtureLayer):
         return merged, experts
 
     def _prepared_for_evaluation(self, x: Tensor, sources: tuple[Tensor | None, ...]) -> PreparedWeights | None:
-        """What kernels read of the merged weights; None for the reference."""
+        """What kernels read of the merged weights; None for the reference, and for what the operator will refuse."""
+        if not x.is_floating_point() or x.device != self.down.weight.device:
+            return None
         backend = resolve_backend(x.device, x.dtype, SparseAdapterCall.NAME)
         if backend == "reference":
             return None

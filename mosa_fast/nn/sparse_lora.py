@@ -102,9 +102,10 @@ class SparseLoRA(MixtureLayer):
         """
         if x.shape[-1] != self.down.weight.shape[1]:
             raise ValueError(f"x must be [N, ..., {self.down.weight.shape[1]}], got {describe(x)}")
+        served = not self.draws_experts and self._kept.serves(sources := self.sources())
         if experts is not None:
             weights = self._weights(self.down.init)
-        elif not self.draws_experts and self._kept.serves(sources := self.sources()):
+        elif served:
             weights, experts = self._kept.get(sources, "merged", self._merged_weights)
         else:
             experts, down_init = self.own_experts(seed, x.device)

@@ -202,7 +202,7 @@ def _add_mlp(c: AdaptedMLPCall, stream: Tensor, rows: Tensor, hidden: Tensor) ->
     if c.layer_scale is None:
         torch.add(rows, branch, out=stream)
     else:
-        torch.addcmul(rows.to(c.sum_dtype), branch.to(c.sum_dtype), c.layer_scale.to(c.sum_dtype), out=stream)
+        torch.add(rows, branch * c.layer_scale, out=stream)  # rounded where timm rounds it
 
 
 def _mlp_gradient(c: AdaptedMLPCall, stream_grad: Tensor, pre: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class MasterWeights(NamedTuple):
     @property
     def kind(self) -> tuple[Any, ...]:
         """What layers have in common that can be prepared in one launch."""
-        return tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in self)
+        return tuple(None if tensor is None else (tensor.shape, tensor.dtype, tensor.device) for tensor in self)
 
 
 class PreparedWeights(NamedTuple):

@@ -22,6 +22,9 @@ from mosa_fast.ops import launching, slots, triton_launching, triton_tiles
 from mosa_fast.ops.call import SparseAdapterCall
 from mosa_fast.ops.triton_tiles import SUM_TILE
 
+# Of x that the weight gradients multiply as it lies in memory: not float16, whose range t / std may leave.
+RAW_DTYPES = (torch.bfloat16,)
+
 
 def forward(call: SparseAdapterCall, out: Tensor, saved: Sequence[Tensor]) -> None:
     """Fill the output and the saved tensors."""
@@ -46,7 +49,7 @@ def backward(call: SparseAdapterCall, grad_out: Tensor, saved: Sequence[Tensor],
         "pre_ptr": pre,
         "grad_sums_ptr": None,
         "rank_sums_ptr": None,
-        "RAW_INPUT": c.norm_weight is not None and c.x.dtype == c.product_dtype and c.x.dtype.itemsize == 2,
+        "RAW_INPUT": c.norm_weight is not None and c.x.dtype == c.product_dtype and c.x.dtype in RAW_DTYPES,
         "hidden_ptr": launching.empty((c.out_rows, c.bottleneck), c.product_dtype, device),
         "grad_pre_ptr": launching.empty((c.out_rows, c.bottleneck), c.product_dtype, device),
     }

@@ -6,17 +6,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import CASES, Case, check, compare, make, poisoned, run, variant
 
-from mosa_fast.ops import backend, sparse_adapter
+from mosa_fast.ops import backend, sparse_adapter, sparse_adapter_triton
 from mosa_fast.ops.prepare_weights import MasterWeights, prepare_weights
 from mosa_fast.ops.reference import expert_bias, expert_weight
 
 DTYPES = [torch.float32, torch.float16]
 
 
+@pytest.fixture(autouse=True)
+def raw_float16(monkeypatch):
+    """The interpreter has no bfloat16, so float16 is treated as that is."""
+    monkeypatch.setattr(sparse_adapter_triton, "RAW_DTYPES", (torch.bfloat16, torch.float16))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_output_and_gradients(case, dtype):
     check(case, dtype, "cpu")
+
+
+def test_rows_without_structure_keep_float16_in_its_range(monkeypatch):
+    monkeypatch.undo()
+    arguments = make(Case("constant row"), torch.float16, "cpu")
+    arguments["x"][0, 0] = 0.0  # 1 / std is 1,000
+    arguments["scale"] = 300.0
+    gradients = run("triton", arguments, ("down_weight", "up_weight", "norm_weight", "norm_bias"))
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
 @st.composite

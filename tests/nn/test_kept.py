@@ -112,12 +112,31 @@ def test_they_are_merged_again_when_one_changes(layer, change):
     assert torch.equal(after, layer.expected())
 
 
+def test_later_tensors_with_the_same_address_are_not_taken_for_the_same(layer):
+    name, base = "up.weight", layer.module.up.weight.detach().clone()
+    arguments = (layer.x, layer.y) if layer.lora else (layer.x,)
+    with torch.no_grad():
+        for factor in (1.0, 2.0, 3.0, 4.0):
+            out = torch.func.functional_call(layer.module, {name: base * factor}, arguments)
+            layer.module.train().eval()
+            assert torch.equal(out, torch.func.functional_call(layer.module, {name: base * factor}, arguments))
+        for _ in range(8):
+            other = torch.nn.Parameter(torch.randn_like(base))
+            torch.utils.swap_tensors(layer.module.up.weight, other)
+            del other
+            assert torch.equal(layer(), layer.expected())
+
+
+@pytest.mark.parametrize("given_experts", [False, True])
 @pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}], ids=str)
-def test_training_in_evaluation_mode_is_seen(layer, options):
+def test_training_in_evaluation_mode_is_seen(layer, options, given_experts):
     """Fused optimizers write without being counted."""
     with torch.no_grad():
         layer()
-    out = layer()
+    draws = layer.module.draws
+    experts = torch.zeros((draws, 1, 2) if layer.lora else (1, 2), dtype=torch.int32) if given_experts else None
+    arguments = (layer.x, layer.y) if layer.lora else (layer.x,)
+    out = layer.module(*arguments, experts=experts)
     with torch.no_grad():
         layer()
     out.sum().backward()
