@@ -68,7 +68,8 @@ TILES: dict[tuple[str, str], dict[tuple[int, int], Tile]] = {
     ("backward_input", "sparse_adapter sm_80"): {(2, 64): Tile(64, 32, 4, 3)},  # fewer warps, which repeat less work
     # No norm and no activation: few registers, so that three small programs take turns on a multiprocessor.
     ("forward", "sparse_lora plain"): {(2, 64): Tile(64, 64, 4, 3)},
-    ("backward_weight", "sm_80"): {(2, 64): Tile(32, 64, 4, 3)},  # more warps would repeat work, and lack registers
+    ("backward_weight", "sm_80"): {(2, 64): Tile(32, 64, 8, 3)},  # mma.sync takes more registers than wgmma
+    ("backward_weight", "sparse_adapter sm_80"): {(2, 64): Tile(64, 32, 4, 3)},  # fewer warps, which repeat less work
     # x is wider than the products: timm's residual stream under autocast. A line of 128 bytes is 32 columns.
     ("forward", "autocast"): {(2, 64): Tile(128, 32, 8, 3)},
     ("backward_input", "autocast"): {(2, 64): Tile(128, 32, 8, 3)},

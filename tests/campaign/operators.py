@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path[:0] = [str(folder) for folder in reversed(Path(__file__).resolve().parents[1:3])]  # as a program
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a program
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from kernel_cases import EAGER_FACTOR, LIMITS, Case, differentiable, error
 from lora_cases import LoRACase
 
