@@ -31,13 +31,14 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The repository's commit, with a plus where files differ from it."""
+    """The repository's commit, with a plus where files differ from it, results left out."""
     folder = Path(__file__).parent
     try:
         head = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
         )
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True)
+        status = ["git", "status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)benchmarks/results"]
+        dirty = subprocess.run(status, cwd=folder, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
