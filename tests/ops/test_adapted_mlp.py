@@ -5,7 +5,9 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
+import mosa_fast.ops.adapted_mlp_flops  # noqa: F401
 from mosa_fast.nn import SparseAdapter
 from mosa_fast.ops import adapted_mlp_reference, registration
 from mosa_fast.ops.call import AdaptedMLPCall
@@ -181,6 +183,25 @@ def test_nothing_is_kept_that_backward_does_not_need():
         assert pre.shape == ((SAMPLES * TOKENS if input_gradient else 0), HIDDEN)
         assert stats.numel() == 2 * SAMPLES * TOKENS
     assert all(not tensor.numel() for tensor in OPERATORS["adapted_mlp"].results(call, False)[1:])
+
+
+@pytest.mark.parametrize("input_gradient", [False, True])
+@pytest.mark.parametrize("fork", [False, True])
+@pytest.mark.parametrize("share", ["down", "none"])
+def test_its_operations_are_counted_as_those_of_the_branch(share, fork, input_gradient):
+    """Without the small products with which the branch's counted reference chooses every group's biases."""
+    adapter, mlp = adapter_of(torch.float32, share=share, norm=False), frozen(torch.float32, True)
+    experts = torch.tensor([[0, 1], [2, 0]], dtype=torch.int32)
+    biases = 2 * len(experts) * EXPERTS * (WIDTH if share == "down" else WIDTH + BOTTLENECK)
+    counts = []
+    for compute, apart in ((inside, 0), (branch, biases)):
+        x = stream(torch.float32).requires_grad_(input_gradient)
+        with FlopCounterMode(display=False) as counter:
+            out = compute(adapter, mlp, x, experts, seed=0, fork=fork)
+            ahead = counter.get_total_flops()
+            out.sum().backward()
+        counts.append((ahead - apart, counter.get_total_flops() - ahead - apart))
+    assert counts[0] == counts[1]
 
 
 def test_an_empty_batch():
