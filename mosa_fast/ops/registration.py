@@ -100,7 +100,7 @@ class Operator:
 
     def _backward(self, *arguments: Any) -> list[Tensor]:
         call, saved, grad_out, needed, added_dtype, backend = self._backward_arguments(arguments)
-        gradients = self._gradients(call, grad_out, needed, added_dtype)
+        gradients = self.gradients(call, grad_out, needed, added_dtype)
         if grad_out.numel():
             with torch.cuda.device_of(grad_out):
                 launchers(self.name, backend).backward(call, grad_out, saved, gradients)
@@ -111,7 +111,7 @@ class Operator:
 
     def _fake_backward(self, *arguments: Any) -> list[Tensor]:
         call, _saved, grad_out, needed, added_dtype, _backend = self._backward_arguments(arguments)
-        gradients = self._gradients(call, grad_out, needed, added_dtype)
+        gradients = self.gradients(call, grad_out, needed, added_dtype)
         return [gradients[name] for name in self.chosen(needed)]
 
     def _backward_arguments(self, arguments: Sequence[Any]) -> tuple[Any, list[Tensor], Tensor, list[bool], Any, str]:
@@ -125,7 +125,7 @@ class Operator:
         """The names of the gradients that are asked for; `needed` goes with `differentiable`."""
         return [name for name, need in zip(self.differentiable, needed, strict=True) if need]
 
-    def _gradients(
+    def gradients(
         self, call: Call, grad_out: Tensor, needed: Sequence[bool], added_dtype: torch.dtype | None
     ) -> dict[str, Tensor]:
         """Memory for the gradients that kernels compute: those asked for, and with one weight's those of all."""
