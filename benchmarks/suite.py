@@ -136,7 +136,10 @@ SUITES = {
         gpu=True,
     ),
     "step": Suite(
-        _step_specs(), 2, (NO_ADAPTER, "ours, triton", "paper", "dense", "peft, q and v", "peft, fused qkv"), gpu=True
+        _step_specs(),
+        2,
+        (NO_ADAPTER, "ours, triton", "ours, mlp", "paper", "dense", "peft, q and v", "peft, fused qkv"),
+        gpu=True,
     ),
 }
 

@@ -19,6 +19,7 @@ from benchmarks.machine_code import results as files
 from benchmarks.machine_code import step
 from benchmarks.machine_code.cases import IMAGES, KINDS, VIEWS, Case, all_cases, checked_cases, count
 from benchmarks.machine_code.chips import ASSUMPTIONS, CHIPS, Chip
+from benchmarks.machine_code.mlp_form import mlp_rows
 from benchmarks.machine_code.plot import PLOTS
 from benchmarks.machine_code.step import Utilisation
 from benchmarks.results import publish
@@ -95,6 +96,7 @@ def main() -> None:
         print("{kind}, {architecture}: a step of {step_ms} ms, {adapters_ms} ms of adapters, {tax:.1%}".format(**tax))
     print(files.assumptions(results))
     if options.write:
+        results["mlp_form"] = list(mlp_rows(chips, utilisation))
         files.write(results)
         publish(results, files.RESULTS, files.markdown(results), PLOTS)
         print(f"For the README:\n{files.readme_table(results)}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mosa_fast.ops.call import AdapterBankCall, Call, SparseAdapterCall, SparseLoRACall, TensorFacts
+from mosa_fast.ops.call import AdaptedMLPCall, AdapterBankCall, Call, SparseAdapterCall, SparseLoRACall, TensorFacts
 
 
 def shape_of(facts: TensorFacts, sizes: Mapping[Any, Any]) -> tuple[int, ...]:
@@ -75,6 +75,39 @@ def adapter_call(
         fork=fork,
         eps=1e-6,
         product_dtype=product_dtype or dtype,
+    )
+
+
+def mlp_call(
+    samples: int,
+    width: int = 768,
+    bottleneck: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    groups: int = 2,
+    experts: int = 4,
+    product_dtype: torch.dtype | None = None,
+    dropout: float = 0.1,
+    tokens: int = 197,
+) -> AdaptedMLPCall:
+    """A training call of adapted_mlp: a split up-projection, norm, no LayerScale; norm2 has the stream's type."""
+    product_dtype = product_dtype or dtype
+    sizes = {"...": (samples, tokens), "D": width, "H": 4 * width, "r": bottleneck, "E": experts, "V": groups}
+    frozen = dict.fromkeys(("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"), product_dtype)
+    return without_data(
+        AdaptedMLPCall,
+        sizes,
+        frozen | dict.fromkeys(("x", "mlp_norm_weight", "mlp_norm_bias"), dtype),
+        ("layer_scale", "down_init", "down_owner"),
+        down_bias=torch.empty(1, bottleneck, device="meta"),
+        scale_tensor=None,
+        seed=torch.empty(2, dtype=torch.int64, device="meta") if dropout else None,
+        scale=0.1,
+        dropout=dropout,
+        fork=False,
+        eps=1e-6,
+        input_gradient=True,
+        product_dtype=product_dtype,
     )
 
 

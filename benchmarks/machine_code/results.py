@@ -131,6 +131,11 @@ def markdown(results: dict[str, Any]) -> str:
         for tax in results["taxes"]
     ]
     parts.append(markdown_table(columns, lines))
+    parts.append(
+        "The adapter inside the MLP's products (form mlp) is plain PyTorch, counted as the step is; µs that a layer of "
+        "ViT-B at r = 64 adds to the frozen MLP's forward and backward, beside the kernels' below."
+    )
+    parts.append(_mlp_table(results, names))
     columns = ["kernel", "µs", "copy", "issue", "exposed", "L2", "DRAM", "bound by", "instructions", "registers"]
     columns += ["shared, KiB", "spilt", "programs", "at once", "waves"]
     for (kind, architecture, width, bottleneck, m), rows in layers(results["rows"]).items():
@@ -140,6 +145,17 @@ def markdown(results: dict[str, Any]) -> str:
         )
         parts.append(markdown_table(columns, [_cells(row) for row in rows]))
     return "\n\n".join(parts) + "\n"
+
+
+def _mlp_table(results: dict[str, Any], names: dict[str, str]) -> str:
+    kernels, lines = layers(results["rows"]), []
+    for row in results["mlp_form"]:
+        call = tuple(row[field] for field in KEY[:-1])
+        times = [row[f"{name}_us"] for name in ("products", "passes", "dropout", "launches", "layer")]
+        title = f"{WORDS[row['kind']]}, {names[row['architecture']]}, M = {row['rows']:,}"
+        lines.append([title, *(f"{us:.0f}" for us in (*times, kernels[call][0]["layer_us"])), f"{row['tax']:.1%}"])
+    columns = ["form mlp", "products", "passes", "dropout", "launches", "together", "kernels", "tax"]
+    return markdown_table(columns, lines)
 
 
 def _cells(row: Row) -> list[str]:

@@ -38,12 +38,19 @@ class Utilisation:
 
 @dataclass
 class Count(TorchDispatchMode):
-    """Sums the time of every operation that runs inside."""
+    """Sums the time of every operation that runs inside.
+
+    Attributes:
+        products: the seconds of those that are products.
+        launches: how many move anything.
+    """
 
     chip: Chip
     utilisation: Utilisation
     seconds: float = 0.0
     operations: float = 0.0
+    products: float = 0.0
+    launches: int = 0
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -52,9 +59,11 @@ class Count(TorchDispatchMode):
         """One operation."""
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if name in MOVES_NOTHING or any(r.alias_info is not None for r in func._schema.returns):
+        aliases = [r.alias_info for r in func._schema.returns]
+        if name in MOVES_NOTHING or any(alias is not None and not alias.is_write for alias in aliases):
             return result
-        read = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
+        given = {n: value for n, value in (kwargs or {}).items() if n not in _outputs(func)}
+        read = [tensor for tensor in tree_leaves((args, given)) if isinstance(tensor, Tensor)]
         written = [tensor for tensor in tree_leaves(result) if isinstance(tensor, Tensor)]
         moved = sum(tensor.numel() * tensor.element_size() for tensor in (*read, *written)) / self.chip.dram
         operations = _operations(name, read)
@@ -63,12 +72,20 @@ class Count(TorchDispatchMode):
         seconds = max(moved, operations / peak)
         self.seconds += seconds
         self.operations += operations
+        self.launches += 1
+        if operations:
+            self.products += seconds
         return result
+
+
+def _outputs(func: Any) -> set[str]:
+    """Names of the arguments that an operation only writes."""
+    return {argument.name for argument in func._schema.arguments if argument.is_out}
 
 
 def _operations(name: str, read: Sequence[Tensor]) -> float:
     """Operations of a product; other operations have none that count."""
-    if name in ("mm", "bmm", "addmm"):
+    if name.rstrip("_") in ("mm", "bmm", "addmm", "baddbmm"):
         a, b = read[-2:]
         return 2.0 * a.numel() * b.shape[-1]
     if name.startswith(ATTENTION):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
+import mosa_fast.ops.adapted_mlp_flops  # noqa: F401  # registers what is counted
 from mosa_fast.adapters.seams import seam_of
 from mosa_fast.backbones.frozen import drop_rate
 from mosa_fast.nn import SparseAdapter

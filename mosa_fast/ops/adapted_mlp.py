@@ -98,7 +98,7 @@ def adapted_mlp(
         tensor = getattr(call, name)
         if tensor is not None and tensor.requires_grad:
             raise ValueError(f"{name} must be frozen: it gets no gradient")
-    return _operator(call, "reference")
+    return OPERATOR(call, "reference")
 
 
 def results(call: AdaptedMLPCall, save: bool) -> tuple[Tensor, ...]:
@@ -129,4 +129,4 @@ def results(call: AdaptedMLPCall, save: bool) -> tuple[Tensor, ...]:
 
 # The MLP's tensors, norm2's and LayerScale's.
 _FROZEN = tuple(AdaptedMLPCall.TENSORS)[1 : tuple(AdaptedMLPCall.TENSORS).index("norm_weight")]
-_operator = Operator(AdaptedMLPCall, ("stats", "pre", "kept", "slope", "down", "up"), results)
+OPERATOR = Operator(AdaptedMLPCall, ("stats", "pre", "kept", "slope", "down", "up"), results)

@@ -9,8 +9,8 @@ LayerScale g (or 1), the adapter's norm ga, ba (or g2, b2):
     out = x + g (gelu(p) W2^T + b2) + k U^T + u,   U = s W_up[u],  u = s b_up[u]
 
 The products of x^ with A are products of x itself, since `x^ A^T = (x A^T - mean rowsum(A)^T) / std`: nothing of size
-T x D is made for the adapter, and its output is added where the MLP's is, in place. Where products are in half
-precision, x^ is rounded to it instead: x itself would lose its mean.
+T x D is made for the adapter, and its output is added where the MLP's is, in place. Where products round what they
+read, to half precision or TF32, they read x^ instead: the difference would lose its digits to the mean.
 
 Backward, with d the output's gradient, k' = dropout's factor times gelu'(t) (`slope`), and [.] a sum over rows:
 
@@ -25,6 +25,7 @@ dba = da^T W_down. An expert's weights get a gradient where it owns them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -141,17 +142,21 @@ def _rows(c: AdaptedMLPCall) -> Tensor:
 
 
 def _is_raw(c: AdaptedMLPCall) -> bool:
-    """Whether the adapter's products read x itself, not the normalised x."""
-    return c.product_dtype == c.sum_dtype
+    """Whether the adapter's products read x itself, not the normalised x: they must not round what they read."""
+    if c.product_dtype != torch.float32 or c.sum_dtype != torch.float32:
+        return c.product_dtype == c.sum_dtype
+    backends: Any = torch.backends
+    settings = backends.cuda if c.x.is_cuda else backends.mkldnn
+    return settings.matmul.fp32_precision not in ("tf32", "bf16")
 
 
 def _normalise(c: AdaptedMLPCall, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the MLP reads, what the adapter's products read, both in the product dtype, mean and 1 / std `[T, 1]`."""
     values = rows.to(c.sum_dtype)
     weight, bias = c.mlp_norm_weight.to(c.sum_dtype), c.mlp_norm_bias.to(c.sum_dtype)
-    if _is_raw(c):
+    if c.product_dtype == c.sum_dtype:
         normed, mean, rstd = torch.native_layer_norm(values, (c.width,), weight, bias, c.eps)
-        return normed, values, mean, rstd
+        return normed, values if _is_raw(c) else (values - mean).mul_(rstd), mean, rstd
     plain, mean, rstd = torch.native_layer_norm(values, (c.width,), None, None, c.eps)
     return torch.addcmul(bias, plain, weight).to(c.product_dtype), plain.to(c.product_dtype), mean, rstd
 

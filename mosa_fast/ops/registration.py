@@ -100,19 +100,19 @@ class Operator:
 
     def _backward(self, *arguments: Any) -> list[Tensor]:
         call, saved, grad_out, needed, added_dtype, backend = self._backward_arguments(arguments)
-        gradients = self._gradients(call, grad_out, needed, added_dtype)
+        gradients = self.gradients(call, grad_out, needed, added_dtype)
         if grad_out.numel():
             with torch.cuda.device_of(grad_out):
                 launchers(self.name, backend).backward(call, grad_out, saved, gradients)
         else:
             for gradient in gradients.values():
                 gradient.zero_()
-        return [gradients[name] for name in self._chosen(needed)]
+        return [gradients[name] for name in self.chosen(needed)]
 
     def _fake_backward(self, *arguments: Any) -> list[Tensor]:
         call, _saved, grad_out, needed, added_dtype, _backend = self._backward_arguments(arguments)
-        gradients = self._gradients(call, grad_out, needed, added_dtype)
-        return [gradients[name] for name in self._chosen(needed)]
+        gradients = self.gradients(call, grad_out, needed, added_dtype)
+        return [gradients[name] for name in self.chosen(needed)]
 
     def _backward_arguments(self, arguments: Sequence[Any]) -> tuple[Any, list[Tensor], Tensor, list[bool], Any, str]:
         """The call, the saved tensors, the output's gradient, what is needed, and the backend."""
@@ -121,15 +121,15 @@ class Operator:
         *options, needed, added_dtype, backend = rest[self.saved_count + 1 :]
         return self.call(*map(contiguous, tensors), *options), saved, grad_out, needed, added_dtype, backend
 
-    def _chosen(self, needed: Sequence[bool]) -> list[str]:
+    def chosen(self, needed: Sequence[bool]) -> list[str]:
         """The names of the gradients that are asked for; `needed` goes with `differentiable`."""
         return [name for name, need in zip(self.differentiable, needed, strict=True) if need]
 
-    def _gradients(
+    def gradients(
         self, call: Call, grad_out: Tensor, needed: Sequence[bool], added_dtype: torch.dtype | None
     ) -> dict[str, Tensor]:
         """Memory for the gradients that kernels compute: those asked for, and with one weight's those of all."""
-        names = self._chosen(needed)
+        names = self.chosen(needed)
         if not self.inputs.issuperset(names):
             names += [name for name in self.weights if name not in names and getattr(call, name) is not None]
         gradients = {}
@@ -197,7 +197,7 @@ class _Recorded(torch.autograd.Function):
                 found = operator.differentiable_backward(
                     *ctx.saved_tensors, grad_out, *options, asked, ctx.added_dtype, backend
                 )
-                gradients |= zip(operator._chosen(asked), found, strict=True)
+                gradients |= zip(operator.chosen(asked), found, strict=True)
         return None, *map(gradients.get, names), *[None] * len(ctx.options)
 
 

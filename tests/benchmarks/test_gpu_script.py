@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.contenders import CONTENDERS
 from benchmarks.suite import SUITES
 
 ROOT = Path(__file__).parents[2]
@@ -66,4 +67,5 @@ def test_the_training_step_is_that_of_vit_b_in_both_precisions():
     suite = SUITES["step"]
     assert {spec.precision for spec in suite.specs} == {"bf16-mixed", "bf16-true"}
     assert {(spec.case, spec.backbone, spec.images) for spec in suite.specs} == {("step", "vit_base_patch16_224", 128)}
-    assert {"no adapter", "ours, triton", "paper", "dense", "peft, q and v"} <= set(suite.contenders)
+    assert {"no adapter", "ours, triton", "ours, mlp", "paper", "dense", "peft, q and v"} <= set(suite.contenders)
+    assert set(suite.contenders) <= {name for name, entry in CONTENDERS.items() if "step" in entry.cases}

@@ -2,8 +2,10 @@
 
 import json
 from dataclasses import asdict
+from itertools import product
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 from benchmarks.machine_code import __main__ as command_line
@@ -11,6 +13,7 @@ from benchmarks.machine_code import results as files
 from benchmarks.machine_code import step
 from benchmarks.machine_code.cases import all_cases, checked_cases
 from benchmarks.machine_code.chips import CHIPS
+from benchmarks.machine_code.mlp_form import count_adapted, count_frozen, mlp_rows
 
 M, D, R = 50_432, 768, 64
 ROW = {
@@ -52,6 +55,15 @@ class TestStoredResults:
             (kind, chip.architecture) for kind in step.PRECISION for chip in CHIPS.values()
         }
 
+    def test_adapters_inside_the_mlp_are_as_they_are_counted_now(self, stored):
+        calls = {(row["kind"], row["architecture"], row["rows"]) for row in stored["mlp_form"]}
+        assert calls == set(product(step.PRECISION, ("sm_90", "sm_80"), (M // 2, M)))
+        for row in stored["mlp_form"]:
+            parts = (row[f"{name}_us"] for name in ("products", "passes", "dropout", "launches"))
+            assert row["layer_us"] == pytest.approx(sum(parts), abs=0.3)
+        now = next(mlp_rows([CHIPS["H100"]], step.Utilisation()))
+        assert stored["mlp_form"][0]["layer_us"] == pytest.approx(now["layer_us"], rel=0.05)  # for every torch
+
     def test_ratios_follow_from_the_rows(self, stored):
         for rows in files.layers(stored["rows"]).values():
             layer, copy = sum(row["us"] / row["layers"] for row in rows), sum(row["copy_us"] for row in rows)
@@ -63,6 +75,25 @@ class TestStoredResults:
 
     def test_what_ci_compares_is_there(self, stored):
         assert {case.kind for case in checked_cases()} <= {row["kind"] for row in stored["rows"]}
+
+
+class TestInsideTheMLP:
+    @pytest.mark.parametrize("kind", step.PRECISION)
+    def test_it_does_the_products_of_the_mlp_and_six_skinny_ones(self, kind):
+        chip, utilisation, images = CHIPS["H100"], step.Utilisation(), 2
+        whole, frozen = (count(kind, images, chip, utilisation) for count in (count_adapted, count_frozen))
+        tokens = 2 * images * 197
+        assert frozen.operations == 4 * 2 * tokens * D * 4 * D
+        skinny = (whole.operations - frozen.operations) / (2 * tokens * D * R)
+        assert 6 <= skinny < 6.1  # and what is as small as the weights
+
+    def test_an_operation_in_place_reads_and_writes(self):
+        a, b, out = (torch.empty(64, 16, device="meta") for _ in range(3))
+        for run, passes in ((lambda: a.add_(b), 3), (lambda: torch.add(a, b, out=out), 3), (lambda: a.view(16, 64), 0)):
+            with step.Count(CHIPS["H100"], step.Utilisation()) as counted:
+                run()
+            assert counted.seconds == pytest.approx(passes * 4 * 64 * 16 / CHIPS["H100"].dram)
+            assert counted.launches == bool(passes)
 
 
 class TestCommandLine:

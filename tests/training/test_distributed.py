@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import free_port, in_child, run_ranks, tiny_run, wait_for
 
-from mosa_fast.config import OptimConfig
+from mosa_fast.config import MoSAConfig, OptimConfig
 from mosa_fast.data.step_sampler import rank_slice
 from mosa_fast.run_folder import RunFolder
 from mosa_fast.run_lock import lock_folder
@@ -21,15 +21,17 @@ def numbers(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("world", "batch", "accumulate"), [(2, 4, 2), (3, 3, 1)])
-def test_ranks_compute_what_one_process_with_the_whole_batch_would(tmp_path, world, batch, accumulate):
+@pytest.mark.parametrize(("world", "batch", "accumulate", "form"), [(2, 4, 2, "mlp"), (3, 3, 1, "branch")])
+def test_ranks_compute_what_one_process_with_the_whole_batch_would(tmp_path, world, batch, accumulate, form):
     """20 images: the last step has 4 in the first case, 2 in the second, where one of the three ranks has none."""
+    adapter = MoSAConfig(bottleneck=4, form=form)
 
     def optim(size, parts=1):
         return OptimConfig(lr=1e-3, epochs=2, warmup_epochs=0, batch_size=size, accumulate=parts)
 
-    train(tiny_run(tmp_path / "one", optim=optim(world * batch)), progress=False)
-    assert run_ranks(world, tiny_run(tmp_path / "many", optim=optim(batch, accumulate))) == [0] * world
+    train(tiny_run(tmp_path / "one", optim=optim(world * batch), adapter=adapter), progress=False)
+    many = tiny_run(tmp_path / "many", optim=optim(batch, accumulate), adapter=adapter)
+    assert run_ranks(world, many) == [0] * world
 
     for one, many in zip(numbers(tmp_path / "one"), numbers(tmp_path / "many"), strict=True):
         assert many["train_loss"] == pytest.approx(one["train_loss"], abs=1e-6)
