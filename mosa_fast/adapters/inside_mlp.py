@@ -103,7 +103,8 @@ def why_no_wider_mlp(block: Any) -> str | None:
     if block.placement != "adaptformer":
         return f"a {block.placement} adapter does not read what the MLP reads"
     if type(mlp) is not Mlp:
-        return f"its MLP is a {_name(mlp)}, which may be gated or wrapped"
+        own = type(mlp).__module__.startswith("timm.")
+        return f"its MLP is gated ({type(mlp).__name__})" if own else f"its MLP is a {_name(mlp)}, not timm's"
     if not isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity):
         return "there is a norm inside its MLP"
     if not is_exact_gelu(mlp.act):
