@@ -49,11 +49,8 @@ MOSA_INLINE void forward_block(const Arguments& a, int64_t block, char* memory) 
   const int column_tiles = tiles(s.width), chunks = tiles(s.bottleneck);
   const int width = column_tiles * TILE, ranks = chunks * TILE;
   const int64_t out_start = group * s.rows_per_group, in_start = s.fork ? 0 : out_start;
-  const int64_t down_slot = slot_of(a, group, 0), up_slot = slot_of(a, group, 1);
+  const int64_t down_slot = slot_of(a, group, 0);
   const T* down = static_cast<const T*>(a.arrays[PREPARED_DOWN].data) + down_slot * ranks * width;
-  const T* up = static_cast<const T*>(a.arrays[PREPARED_UP].data) + up_slot * width * ranks;
-  const float* up_bias = static_cast<const float*>(a.arrays[PREPARED_UP_BIAS].data) + up_slot * width;
-  const float* bias = static_cast<const float*>(a.arrays[PREPARED_VECTORS].data) + down_slot * 2 * ranks;
   const bool normed = a.arrays[NORM_WEIGHT].data != nullptr;
   const Array& x = a.arrays[X];
   // Rows past the group's end read its last row again and are not stored.
@@ -147,6 +144,8 @@ MOSA_INLINE void forward_block(const Arguments& a, int64_t block, char* memory) 
         }
       });
     }
+    // Here, and up's below, since an address that is made early takes a register all along.
+    const float* bias = static_cast<const float*>(a.arrays[PREPARED_VECTORS].data) + down_slot * 2 * ranks;
     phase([&](int thread) {
       const int part = thread % PARTS;
       const int rank = chunk * TILE + part * EIGHT, count = s.bottleneck - rank;
@@ -181,6 +180,9 @@ MOSA_INLINE void forward_block(const Arguments& a, int64_t block, char* memory) 
 
   // Pass 2: back to D columns.
   const float scale = scale_of(a);
+  const int64_t up_slot = slot_of(a, group, 1);
+  const T* up = static_cast<const T*>(a.arrays[PREPARED_UP].data) + up_slot * width * ranks;
+  const float* up_bias = static_cast<const float*>(a.arrays[PREPARED_UP_BIAS].data) + up_slot * width;
   phase_without_barrier([&](int thread) { copy_tile(shared.weights[0], up, ranks, thread); });
   for (int step = 0; step < column_tiles * chunks; ++step) {
     const int tile = step / chunks, chunk = step % chunks, next = step + 1;
