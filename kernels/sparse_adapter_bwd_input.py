@@ -17,7 +17,7 @@ A fork sums the groups' dx in the same program; y is then read V times.
 
 Written besides, for the weight gradients (sparse_adapter_bwd_weight.py): h (after dropout) and t, r wide, in the
 product dtype; and of this program's rows of each group the sums of y, of t and of t' mean. Where x is normalised and
-already in the product dtype, t' = rstd t is written in place of t, to be multiplied with x as it lies in memory.
+in bfloat16, as the products are, t' = rstd t is written in place of t, to be multiplied with x as it lies in memory.
 The skip's gradient is y: autograd hands it on as it is, unless the skip has another dtype than the output (a branch in
 half precision beside timm's float32 residual stream), or groups are to be summed. Then it is written here, where y is
 in hand, and the weight gradients read this narrower y if it has the products' dtype.

@@ -146,7 +146,7 @@ def routed(
             block.outputs = block_outputs
         if routing is not None:
             sizes = [block.draws for block in blocks]
-            prepared = prepare(blocks, routing.experts)
+            prepared = prepared_weights(blocks, routing.experts)
             parts = zip(blocks, routing.experts.split(sizes), routing.seeds.split(sizes), strict=True)
             first = 0
             for index, (block, experts, seeds) in enumerate(parts):
@@ -159,7 +159,7 @@ def routed(
             block.routing = block.outputs = None
 
 
-def prepare(blocks: Sequence[AdaptedBlock], experts: Tensor) -> list[PreparedWeights] | None:
+def prepared_weights(blocks: Sequence[AdaptedBlock], experts: Tensor) -> list[PreparedWeights] | None:
     """What kernels read of the weights of all adapters in the blocks, for these experts `[adapters, V, 2]`.
 
     None where nothing is prepared: for the reference, for low-rank pairs, where an adapter is not what it was made as

@@ -72,6 +72,16 @@ class MixtureLayer(nn.Module):
         """All that evaluation's weights are made from."""
         return *self.down.sources(), *self.up.sources()
 
+    def kept_sources(self) -> tuple[Tensor | None, ...] | None:
+        """The sources, where a pass may compute with what is kept of them; None: it may not.
+
+        To be asked in every pass, since it notices training.
+        """
+        if self.draws_experts:
+            return None
+        sources = self.sources()
+        return sources if self._kept.serves(sources) else None
+
     @property
     def evaluated(self) -> int | None:
         """The expert that evaluation computes with; None: all of them, merged."""

@@ -226,10 +226,10 @@ class SparseAdapter(MixtureLayer):
         random = dropout > 0 or (experts is None and self.draws_experts)
         key = as_seed(seed if random else 0, x.device)
         options = {"scale": self.scale, "dropout": dropout, "seed": key}
-        served = not self.draws_experts and self._kept.serves(sources := self.sources())
+        sources = self.kept_sources()
         if experts is not None:
             return self.weights(self.down.init), experts, options, None
-        if served:
+        if sources is not None:
             weights, experts = self._kept.get(sources, "merged", self._merged_weights)
             return weights, experts, options, sources
         own, down_init = self.own_experts(key, x.device)
@@ -261,9 +261,15 @@ class SparseAdapter(MixtureLayer):
         down_weight, down_bias, up_weight, up_bias = self.merged()
         assert down_bias is not None
         assert up_bias is not None
-        norm_weight, norm_bias = (None, None) if self.norm is None else (self.norm.weight, self.norm.bias)
         experts = torch.full((1, 2), MERGED, dtype=torch.int32, device=down_weight.device)
-        merged = MasterWeights(norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, None, None, None)
+        merged = self.weights(None)._replace(
+            down_weight=down_weight,
+            down_bias=down_bias,
+            up_weight=up_weight,
+            up_bias=up_bias,
+            down_owner=None,
+            up_owner=None,
+        )
         return merged, experts
 
     def _prepared_for_evaluation(self, x: Tensor, sources: tuple[Tensor | None, ...]) -> PreparedWeights | None:

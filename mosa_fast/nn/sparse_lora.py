@@ -102,10 +102,10 @@ class SparseLoRA(MixtureLayer):
         """
         if x.shape[-1] != self.down.weight.shape[1]:
             raise ValueError(f"x must be [N, ..., {self.down.weight.shape[1]}], got {describe(x)}")
-        served = not self.draws_experts and self._kept.serves(sources := self.sources())
+        sources = self.kept_sources()
         if experts is not None:
             weights = self._weights(self.down.init)
-        elif served:
+        elif sources is not None:
             weights, experts = self._kept.get(sources, "merged", self._merged_weights)
         else:
             experts, down_init = self.own_experts(seed, x.device)
