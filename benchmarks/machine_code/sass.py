@@ -23,7 +23,6 @@ PIPES = {
 }
 ALU = "alu"  # all the others: integers, logic, comparisons, selections, moves, conversions to 16 bits
 PIPE_OF = {mnemonic: pipe for pipe, mnemonics in PIPES.items() for mnemonic in mnemonics.split()}
-SPILLS = ("LDL", "STL")
 INSTRUCTION = re.compile(
     r"^\s*/\*(?P<address>[0-9a-f]{4,})\*/\s+(?P<predicate>@!?U?P\w+)?\s*(?P<opcode>[A-Z][\w.]*)(?P<operands>[^;]*);",
     re.MULTILINE,
