@@ -36,12 +36,13 @@ digits() {
 }
 
 few "linear dense mosa_e4 dense_two_views" # the primary comparison and its control
-few "mosa_e2 full lora random_mask"
-digits "linear dense mosa_e4 full scratch"
-more "linear dense mosa_e4 dense_two_views mosa_e2 full lora random_mask"
+few "full lora random_mask mosa_e2"
+more "linear dense mosa_e4 dense_two_views"
+more "full lora random_mask mosa_e2"
 few "mosa_e4_one_view mosa_e2_one_view"
 more "mosa_e4_one_view mosa_e2_one_view"
 long "dense mosa_e4 dense_two_views mosa_e2"
+digits "linear dense mosa_e4 full scratch"
 few "bias mosa_e4_none mosl_e4"
 fewest "linear dense mosa_e4 dense_two_views mosa_e2 full"
 longest "dense mosa_e4"
