@@ -76,7 +76,7 @@ setup(
             "hypothesis>=6.100",
             *INT8,
             *ONNX,
-            "pytest>=8",
+            "pytest>=8.2",
             "pytest-benchmark>=5",
             "pytest-timeout>=2.3",
         ],

@@ -156,7 +156,11 @@ def inside_mlp(setting: Setting) -> Learner:
 
 
 def _int8_unavailable() -> str | None:
-    return None if importlib.util.find_spec("torchao") else 'torchao is not installed: pip install -e ".[int8]"'
+    try:
+        import torchao.quantization  # noqa: F401
+    except ImportError as error:
+        return f'there is no torchao for this torch: pip install -e ".[int8]" ({error})'
+    return None
 
 
 contender("ours, int8 backbone", ("step", "evaluation"), unavailable=_int8_unavailable, views_together=True)(

@@ -90,26 +90,6 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n\n".join(["# The suite's results", heading(results), f"The machine: {machine}.", *tables]) + "\n"
 
 
-def accuracy_table(results: dict[str, Any]) -> str:
-    """What the README shows of results/digits.json: test accuracies of five ways to train, by images per class."""
-    names = {
-        "linear": "linear probe",
-        "dense": "dense adapter",
-        "mosa": "**MoSA**",
-        "full": "full fine-tuning",
-        "scratch": "from scratch",
-    }
-    cell = {
-        (row["method"], row["shots"]): f"{row['test_mean']:.2f} ± {row['test_standard_error']:.2f}"
-        for row in results["table"]
-    }
-    weights = {row["method"]: f"{row['trained_weights']:,}" for row in results["table"]}
-    columns = ("test accuracy, %", "trained weights", "10 per class", "50 per class")
-    return markdown_table(
-        columns, [(name, weights[method], cell[method, 10], cell[method, 50]) for method, name in names.items()]
-    )
-
-
 def reliability_table(campaigns: dict[str, Any]) -> str:
     """What the README shows of results/campaign.json: what was tried at random, and how often it went as it should."""
     rows = [

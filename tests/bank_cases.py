@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from kernel_cases import generator_of
 
 from benchmarks.machine_code.calls import shape_of
 from mosa_fast.ops.call import AdapterBankCall
@@ -38,7 +39,6 @@ class BankCase:
 
     def make(self, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Any]:
         """Arguments of the operator: activations in `dtype`, weights in float32."""
-        generator = torch.Generator().manual_seed(seed)
         sizes = {"...": (len(self.tasks), *(self.shape or (self.tokens,))), "D": self.width, "N": self.number}
         out_width = self.out_width or self.width
         columns = self.columns or ((0, out_width),)
@@ -54,7 +54,7 @@ class BankCase:
         for name, facts in AdapterBankCall.TENSORS.items():
             if name in arguments:
                 continue
-            made = torch.randn(shape_of(facts, sizes), generator=generator)
+            made = torch.randn(shape_of(facts, sizes), generator=generator_of(name, seed))
             if name == "x":
                 made = (made + self.offset).to(dtype)
             elif name == "skip":

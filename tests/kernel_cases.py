@@ -6,6 +6,7 @@ kernels' own dtype. Errors are relative RMS, over the output and every gradient.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -66,7 +67,6 @@ class Case:
     def make(self, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Any]:
         """Arguments of the operator: activations in `dtype`, weights in float32."""
         c = self
-        generator = torch.Generator().manual_seed(seed)
         sizes = {"...": (c.samples, *(c.shape or (c.tokens,))), "D": c.width, "r": c.bottleneck}
         experts = {"down_bias": c.experts if c.split_down else 1, "up_bias": c.experts if c.split_up else 1}
         given = {
@@ -90,7 +90,7 @@ class Case:
         for name, facts in SparseAdapterCall.TENSORS.items():
             if facts.shape is None or name in arguments:
                 continue
-            shape = shape_of(facts, sizes | {"E": experts.get(name)})
+            shape, generator = shape_of(facts, sizes | {"E": experts.get(name)}), generator_of(name, seed)
             if facts.dtype == torch.uint8:
                 made = torch.randint(c.experts, shape, generator=generator, dtype=torch.int32).to(torch.uint8)
             else:
@@ -105,6 +105,11 @@ class Case:
                     made += name == "norm_weight"
             arguments[name] = made.to(device) if given.get(name, True) else None
         return arguments
+
+
+def generator_of(name: str, seed: int) -> torch.Generator:
+    """Random numbers of a tensor's own, so that the order of a call's tensors, or a new one, changes no other's."""
+    return torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
 
 
 NO_NORM = {"norm": False, "init": False}
@@ -242,6 +247,8 @@ def compare(ours: dict, eager: dict, oracle: dict, dtype: torch.dtype) -> dict[s
             continue
         errors[key], eagers = error(ours[key], truth), error(eager[key], truth)
         assert errors[key] < LIMITS[dtype], f"{key}: error {errors[key]:.2e}"
+        if truth.numel() == 1:
+            continue  # the errors of two single numbers compare luck
         allowed = max(EAGER_FACTOR * eagers, EAGER_FLOOR[dtype])
         assert errors[key] <= allowed, f"{key}: error {errors[key]:.2e}, eager {eagers:.2e}"
     return errors

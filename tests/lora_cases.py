@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from kernel_cases import differentiable
+from kernel_cases import differentiable, generator_of
 from torch import Tensor
 
 from benchmarks.machine_code.calls import shape_of
@@ -43,7 +43,6 @@ class LoRACase:
 
     def make(self, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Any]:
         """Arguments of the operator: activations in `dtype`, weights in float32."""
-        generator = torch.Generator().manual_seed(seed)
         sizes = {
             "...": (self.samples, *(self.shape or (self.tokens,))),
             "D": self.width,
@@ -64,7 +63,7 @@ class LoRACase:
         for name, facts in SparseLoRACall.TENSORS.items():
             if facts.shape is None or name in arguments:
                 continue
-            shape = shape_of(facts, sizes)
+            shape, generator = shape_of(facts, sizes), generator_of(name, seed)
             if facts.dtype == torch.uint8:
                 made = torch.randint(self.num_experts, shape, generator=generator, dtype=torch.int32).to(torch.uint8)
             else:

@@ -14,7 +14,6 @@ README = Path(__file__).parent.parent / "README.md"
 @pytest.mark.parametrize(
     ("file", "module", "table"),
     [
-        ("digits", "report", "accuracy_table"),
         ("campaign", "report", "reliability_table"),
         ("machine_code", "machine_code.results", "readme_table"),
     ],
@@ -24,6 +23,12 @@ def test_the_tables_are_those_of_the_results(file, module, table):
 
     make = getattr(importlib.import_module(f"benchmarks.{module}"), table)
     assert make(json.loads((FOLDER / f"{file}.json").read_text())) in README.read_text()
+
+
+def test_the_table_of_accuracies_is_that_of_the_runs():
+    from benchmarks import evidence, evidence_rows
+
+    assert evidence.readme_table(evidence_rows.collect(evidence_rows.read(evidence.RESULTS))) in README.read_text()
 
 
 def test_the_code_example_runs(tmp_path, monkeypatch):

@@ -21,15 +21,16 @@ def quantise_backbone(model: nn.Module) -> None:
         model: adapted.
 
     Raises:
-        ValueError: torchao is not installed, or the model has no adapters.
+        ValueError: torchao is not installed, or not a version for the installed torch; or the model has no adapters.
     """
     blocks = [module for module in model.modules() if isinstance(module, AdaptedBlock)]
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no adapters: call adapt(model, config) first")
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    except ImportError:
-        raise ValueError('int8 needs the package torchao: pip install "mosa_fast[int8]"') from None
+    except ImportError as error:
+        needed = 'int8 needs the package torchao, in a version for the installed torch: pip install "mosa_fast[int8]"'
+        raise ValueError(f"{needed} ({error})") from None
     # By itself torchao changes global settings of torch's products and compiler.
     config: Any = Int8WeightOnlyConfig(set_inductor_config=False)
     for block in blocks:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mosa_fast.ops import launching
-from mosa_fast.ops.call import AdaptedMLPCall, check_scale, product_dtype
+from mosa_fast.ops.call import AdaptedMLPCall, MixtureCall, check_scale, product_dtype
 from mosa_fast.ops.registration import Operator
 from mosa_fast.ops.sparse_adapter import as_tensor, check_adapter, check_seed
 
@@ -128,5 +128,5 @@ def results(call: AdaptedMLPCall, save: bool) -> tuple[Tensor, ...]:
 
 
 # The MLP's tensors, norm2's and LayerScale's.
-_FROZEN = tuple(AdaptedMLPCall.TENSORS)[1 : tuple(AdaptedMLPCall.TENSORS).index("norm_weight")]
+_FROZEN = [name for name in AdaptedMLPCall.TENSORS if name not in MixtureCall.__annotations__]
 OPERATOR = Operator(AdaptedMLPCall, ("stats", "pre", "kept", "slope", "down", "up"), results)

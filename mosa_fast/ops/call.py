@@ -76,10 +76,13 @@ class Call:
     fork: bool
     product_dtype: torch.dtype
 
-    def __init_subclass__(cls, name: str) -> None:
+    def __init_subclass__(cls, name: str | None = None) -> None:
+        if name is None:
+            return  # a part that operators share
         cls.NAME = name
         hints = get_type_hints(cls, include_extras=True)
-        hints = {name: hints[name] for name in cls.__annotations__}  # in this order, and none that are inherited
+        parts = [part for part in reversed(cls.__mro__) if issubclass(part, Call) and part is not Call]
+        hints = {field: hints[field] for part in parts for field in part.__annotations__}  # a dataclass's order
         annotated = {name: get_args(hint) for name, hint in hints.items() if hasattr(hint, "__metadata__")}
         types = {name: annotated[name][0] if name in annotated else hint for name, hint in hints.items()}
         cls.SCHEMA = {name: f"{SCHEMA_TYPES[kind]} {name}" for name, kind in types.items()}
@@ -154,16 +157,13 @@ class Call:
 
 
 @dataclass(frozen=True)
-class SparseAdapterCall(Call, name="sparse_adapter"):
-    """A call of `mosa_fast.ops.sparse_adapter`, whose docstring says what the arguments mean.
+class MixtureCall(Call):
+    """What the operators with a mixture of adapters share: x, and the adapter's weights.
 
     scale_tensor, if given, stands in for scale, since schemas have no unions. seed is None where nothing is dropped.
-    prepared_*: what kernels read in place of the weights (`mosa_fast.ops.prepare_weights`); the reference, and the
-    gradients of the weights, go by the weights themselves.
     """
 
     x: Annotated[Tensor, tensor("... D", gradient="input")]
-    skip: Annotated[Tensor | None, tensor("... D", gradient="input", only_added=True)]
     norm_weight: Annotated[Tensor | None, tensor("D", gradient="weight")]
     norm_bias: Annotated[Tensor | None, tensor("D", gradient="weight")]
     down_weight: Annotated[Tensor, tensor("r D", gradient="weight")]
@@ -176,6 +176,22 @@ class SparseAdapterCall(Call, name="sparse_adapter"):
     experts: Annotated[Tensor, tensor("V 2", torch.int32)]
     scale_tensor: Annotated[Tensor | None, tensor(None, gradient="scale")]
     seed: Annotated[Tensor | None, tensor(None, torch.int64)]
+
+    @property
+    def bottleneck(self) -> int:
+        """The bottleneck, r."""
+        return self.down_weight.shape[0]
+
+
+@dataclass(frozen=True)
+class SparseAdapterCall(MixtureCall, name="sparse_adapter"):
+    """A call of `mosa_fast.ops.sparse_adapter`, whose docstring says what the arguments mean.
+
+    prepared_*: what kernels read in place of the weights (`mosa_fast.ops.prepare_weights`); the reference, and the
+    gradients of the weights, go by the weights themselves.
+    """
+
+    skip: Annotated[Tensor | None, tensor("... D", gradient="input", only_added=True)]
     prepared_down: Annotated[Tensor | None, tensor(None)]
     prepared_up: Annotated[Tensor | None, tensor(None)]
     prepared_vectors: Annotated[Tensor | None, tensor(None)]
@@ -187,11 +203,6 @@ class SparseAdapterCall(Call, name="sparse_adapter"):
     fork: bool
     eps: float
     product_dtype: torch.dtype
-
-    @property
-    def bottleneck(self) -> int:
-        """The bottleneck, r."""
-        return self.down_weight.shape[0]
 
     @property
     def out_dtype(self) -> torch.dtype:
@@ -213,6 +224,43 @@ class SparseAdapterCall(Call, name="sparse_adapter"):
     def dropout_scale(self) -> float:
         """What a kept activation is multiplied by."""
         return philox.dropout_scale(self.dropout)
+
+
+@dataclass(frozen=True)
+class AdaptedMLPCall(MixtureCall, name="adapted_mlp"):
+    """A call of `mosa_fast.ops.adapted_mlp`, whose docstring says what the arguments mean.
+
+    input_gradient: x will get a gradient, so that what it needs is kept.
+    """
+
+    mlp_norm_weight: Annotated[Tensor, tensor("D")]
+    mlp_norm_bias: Annotated[Tensor, tensor("D")]
+    fc1_weight: Annotated[Tensor, tensor("H D")]
+    fc1_bias: Annotated[Tensor, tensor("H")]
+    fc2_weight: Annotated[Tensor, tensor("D H")]
+    fc2_bias: Annotated[Tensor, tensor("D", only_added=True)]
+    layer_scale: Annotated[Tensor | None, tensor("D")]
+    scale: float
+    dropout: float
+    fork: bool
+    eps: float
+    input_gradient: bool
+    product_dtype: torch.dtype
+
+    @property
+    def hidden(self) -> int:
+        """Hidden channels of the MLP, H."""
+        return self.fc1_weight.shape[0]
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """Of sums and statistics."""
+        return torch.float64 if self.x.dtype == torch.float64 else torch.float32
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """Dtype of the output: of x plus a product."""
+        return torch.promote_types(self.x.dtype, self.product_dtype)
 
 
 @dataclass(frozen=True)
@@ -252,62 +300,6 @@ class SparseLoRACall(Call, name="sparse_lora"):
     def ranks(self) -> int:
         """The ranks of all targets, R = T r."""
         return self.down_weight.shape[0]
-
-
-@dataclass(frozen=True)
-class AdaptedMLPCall(Call, name="adapted_mlp"):
-    """A call of `mosa_fast.ops.adapted_mlp`, whose docstring says what the arguments mean.
-
-    scale_tensor, if given, stands in for scale. seed is None where nothing is dropped.
-    input_gradient: x will get a gradient, so that what it needs is kept.
-    """
-
-    x: Annotated[Tensor, tensor("... D", gradient="input")]
-    mlp_norm_weight: Annotated[Tensor, tensor("D")]
-    mlp_norm_bias: Annotated[Tensor, tensor("D")]
-    fc1_weight: Annotated[Tensor, tensor("H D")]
-    fc1_bias: Annotated[Tensor, tensor("H")]
-    fc2_weight: Annotated[Tensor, tensor("D H")]
-    fc2_bias: Annotated[Tensor, tensor("D", only_added=True)]
-    layer_scale: Annotated[Tensor | None, tensor("D")]
-    norm_weight: Annotated[Tensor | None, tensor("D", gradient="weight")]
-    norm_bias: Annotated[Tensor | None, tensor("D", gradient="weight")]
-    down_weight: Annotated[Tensor, tensor("r D", gradient="weight")]
-    down_bias: Annotated[Tensor, tensor("E r", gradient="weight")]
-    up_weight: Annotated[Tensor, tensor("D r", gradient="weight")]
-    up_bias: Annotated[Tensor, tensor("E D", gradient="weight")]
-    down_init: Annotated[Tensor | None, tensor("r D")]
-    down_owner: Annotated[Tensor | None, tensor("r D", torch.uint8)]
-    up_owner: Annotated[Tensor | None, tensor("D r", torch.uint8)]
-    experts: Annotated[Tensor, tensor("V 2", torch.int32)]
-    scale_tensor: Annotated[Tensor | None, tensor(None, gradient="scale")]
-    seed: Annotated[Tensor | None, tensor(None, torch.int64)]
-    scale: float
-    dropout: float
-    fork: bool
-    eps: float
-    input_gradient: bool
-    product_dtype: torch.dtype
-
-    @property
-    def hidden(self) -> int:
-        """Hidden channels of the MLP, H."""
-        return self.fc1_weight.shape[0]
-
-    @property
-    def bottleneck(self) -> int:
-        """The bottleneck, r."""
-        return self.down_weight.shape[0]
-
-    @property
-    def sum_dtype(self) -> torch.dtype:
-        """Of sums and statistics."""
-        return torch.float64 if self.x.dtype == torch.float64 else torch.float32
-
-    @property
-    def out_dtype(self) -> torch.dtype:
-        """Dtype of the output: of x plus a product."""
-        return torch.promote_types(self.x.dtype, self.product_dtype)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from mosa_fast.config import DataConfig
 from mosa_fast.data import load_data
 from mosa_fast.nn.mixture import adapters
 
-pytest.importorskip("torchao", reason="int8 needs torchao")
+pytest.importorskip("torchao", reason="int8 needs a torchao for this torch", exc_type=ImportError)
 
 CONFIGS = {name: {"placement": name} for name in ("adaptformer", "pfeiffer", "houlsby")}
 CONFIGS["lora"] = {"method": "lora", "targets": "qkvo"}

@@ -403,7 +403,7 @@ def test_reports_and_readme_say_what_the_files_say():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16-true"])
 def test_an_int8_backbone_is_compared_with_its_own_weights_in_float32(precision):
-    pytest.importorskip("torchao", reason="int8 needs torchao")
+    pytest.importorskip("torchao", reason="int8 needs a torchao for this torch", exc_type=ImportError)
     name = "ours, int8 backbone"
     for case in ("step", "evaluation"):
         (row,) = suite.measure(spec(case, precision), CPU, contenders=(name,))
