@@ -110,11 +110,13 @@ def results(call: AdaptedMLPCall, save: bool) -> tuple[Tensor, ...]:
         pre: `[T, H]` in the product dtype, what the MLP's GELU reads; without rows where x gets no gradient.
         kept: `[V, M / V, r]` in the product dtype, the adapter's hidden values after dropout.
         slope: the same in the sums' dtype, the derivative of `kept` by what the adapter's GELU reads.
-        down, up: `[V, r, D]`, `[V, D, r]` in the sums' dtype, what the groups' products multiply with; one for all
-            where the projection is dense.
+        down: `[V, r, D]` in the sums' dtype, what the groups' products multiply with; one for all where it is dense.
+        up_shares: `[V, D * r + E]` in the sums' dtype, how much each group uses of every weight of the up-projection
+            and of every bias; without rows where it is dense.
     """
     c, device = call, call.x.device
-    downs, ups = (1 if owner is None else c.groups for owner in (c.down_owner, c.up_owner))
+    downs = 1 if c.down_owner is None else c.groups
+    owners = 0 if c.up_owner is None else c.groups
     hidden = (c.groups if save else 0, c.rows_per_group, c.bottleneck)
     return (
         launching.empty((c.out_samples, *c.x.shape[1:]), c.out_dtype, device),
@@ -123,10 +125,10 @@ def results(call: AdaptedMLPCall, save: bool) -> tuple[Tensor, ...]:
         launching.empty(hidden, c.product_dtype, device),
         launching.empty(hidden, c.sum_dtype, device),
         launching.empty((downs if save else 0, c.bottleneck, c.width), c.sum_dtype, device),
-        launching.empty((ups if save else 0, c.width, c.bottleneck), c.sum_dtype, device),
+        launching.empty((owners if save else 0, c.up_weight.numel() + c.up_bias.shape[0]), c.sum_dtype, device),
     )
 
 
 # The MLP's tensors, norm2's and LayerScale's.
 _FROZEN = tuple(AdaptedMLPCall.TENSORS)[1 : tuple(AdaptedMLPCall.TENSORS).index("norm_weight")]
-OPERATOR = Operator(AdaptedMLPCall, ("stats", "pre", "kept", "slope", "down", "up"), results)
+OPERATOR = Operator(AdaptedMLPCall, ("stats", "pre", "kept", "slope", "down", "up_shares"), results)
