@@ -23,7 +23,7 @@ and from A and a to the adapter's own weights: dW_down = dA ga + da ba^T, dga = 
 dba = da^T W_down. An expert's weights get a gradient where it owns them.
 
 At up to about 1,000 tokens it is the number of calls that takes the time, a few microseconds each, more than what they
-compute: so nothing is made twice, and a tensor that has the dtype already is not asked to take it (`_cast`).
+compute: so nothing is made twice, and a tensor that has the dtype already is not asked to take it (`cast`).
 """
 
 from __future__ import annotations
@@ -36,10 +36,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mosa_fast.ops.adapted_mlp_weights import (
+    adapter_norm,
+    cast,
+    centre,
+    expert_down,
+    expert_up,
+    expert_up_bias,
+    folded_down,
+    owned_sum,
+    ownership_of,
+    scale_of,
+    scaled_up,
+    scaled_up_bias,
+)
 from mosa_fast.ops.call import AdaptedMLPCall
 from mosa_fast.ops.launching import wanted
 from mosa_fast.ops.philox import dropout_keep, dropout_scale
-from mosa_fast.ops.reference import ownership, project
+from mosa_fast.ops.reference import project
 
 aten = torch.ops.aten
 
@@ -47,12 +61,12 @@ aten = torch.ops.aten
 def forward(call: AdaptedMLPCall, out: Tensor, saved: Sequence[Tensor]) -> None:
     """Fill the output, and of the saved tensors those that are wanted."""
     c = call
-    stats, saved_pre, saved_kept, saved_slope, saved_down, saved_shares = map(wanted, saved)
+    stats, saved_pre, saved_kept, saved_slope, saved_down, saved_owned = map(wanted, saved)
     with _without_autocast(c):
         rows = _rows(c)
         down_ids, up_ids = c.experts.unbind(1)
-        down, down_bias = _folded_down(c, down_ids, saved_down)
-        shares = _shares(c.up_owner, c.up_bias, up_ids, c.sum_dtype, saved_shares)
+        down, down_bias = folded_down(c, down_ids, saved_down)
+        owned = ownership_of(c.up_owner, c.up_bias, up_ids, c.sum_dtype, saved_owned)
         normed, operand, mean, rstd = _normalise(c, rows)
         hidden = _mlp_hidden(c, normed, saved_pre)
         kept = _kept(c, _adapter_hidden(c, down, down_bias, operand, rstd), saved_kept, saved_slope)
@@ -64,8 +78,8 @@ def forward(call: AdaptedMLPCall, out: Tensor, saved: Sequence[Tensor]) -> None:
         stream = total.new_empty(rows.shape) if c.fork else total.view(rows.shape)
         _add_mlp(c, stream, rows, hidden)  # in the sums' order of timm's block, so that a fresh adapter changes nothing
         streams = stream.unsqueeze(0) if c.fork else total  # forked, the MLP has run once for all groups
-        torch.add(streams, _up_bias(c, shares).expand(c.groups, -1, -1), out=total)
-        _accumulate(total, kept, _cast(_up(c, shares), c.product_dtype).mT)
+        torch.add(streams, scaled_up_bias(c, owned).expand(c.groups, -1, -1), out=total)
+        _accumulate(total, kept, cast(scaled_up(c, owned), c.product_dtype).mT)
         if total is not groups:
             groups.copy_(total)
 
@@ -73,23 +87,23 @@ def forward(call: AdaptedMLPCall, out: Tensor, saved: Sequence[Tensor]) -> None:
 def backward(call: AdaptedMLPCall, grad_out: Tensor, saved: Sequence[Tensor], gradients: dict[str, Tensor]) -> None:
     """Fill the gradients."""
     c = call
-    (mean, rstd), pre, kept, slope, down, saved_shares = saved
+    (mean, rstd), pre, kept, slope, down, saved_owned = saved
     with _without_autocast(c):
         rows = _rows(c)
         grad = grad_out.view(c.groups, c.rows_per_group, c.width)
-        product_grad, grad = _cast(grad, c.product_dtype), _cast(grad, c.sum_dtype)
-        shares = None if c.up_owner is None else saved_shares
-        grad_t = _cast(_project(product_grad, _cast(_up(c, shares), c.product_dtype).mT), c.sum_dtype).mul_(slope)
+        product_grad, grad = cast(grad, c.product_dtype), cast(grad, c.sum_dtype)
+        owned = None if c.up_owner is None else saved_owned
+        grad_t = cast(_project(product_grad, cast(scaled_up(c, owned), c.product_dtype).mT), c.sum_dtype).mul_(slope)
         if c.fork and down.shape[0] == 1:  # what the groups' GELUs read is the same
             grad_t = grad_t.sum(0, keepdim=True)
         if len(gradients) > ("x" in gradients):
-            _up_gradients(c, grad, product_grad, kept, shares, gradients)
+            _up_gradients(c, grad, product_grad, kept, owned, gradients)
             _down_gradients(c, rows, mean, rstd, grad_t, gradients)
         if "x" in gradients:
             stream_grad = grad.sum(0) if c.fork else grad.view(rows.shape)
             grad_normed = _mlp_gradient(c, stream_grad, pre)
-            _accumulate_input(grad_normed, _cast(grad_t, c.product_dtype), _cast(down, c.product_dtype), c.fork)
-            values = _cast(rows, c.sum_dtype)
+            _accumulate_input(grad_normed, cast(grad_t, c.product_dtype), cast(down, c.product_dtype), c.fork)
+            values = cast(rows, c.sum_dtype)
             through_norm = aten.native_layer_norm_backward(
                 grad_normed, values, (c.width,), mean, rstd, None, None, [True, False, False]
             )[0]
@@ -100,97 +114,6 @@ def _without_autocast(c: AdaptedMLPCall) -> AbstractContextManager[Any]:
     """Products in the dtypes that are given."""
     device = c.x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-def _shares(
-    owner: Tensor | None, bias: Tensor, ids: Tensor, dtype: torch.dtype, saved: Tensor | None = None
-) -> Tensor | None:
-    """How much each group uses of every weight of a projection and of every expert's bias: `[V, out * in + E]`.
-
-    None where the projection is dense: all of it. What is 1 or 0 for an expert is 1 / E merged.
-    """
-    if owner is None:
-        return None
-    experts = bias.shape[0]
-    owners = torch.cat((owner.flatten(), torch.arange(experts, dtype=owner.dtype, device=owner.device)))
-    shares = ownership(owners, ids, experts, dtype)
-    return shares if saved is None else saved.copy_(shares)
-
-
-def _of_weights(shares: Tensor, owner: Tensor) -> Tensor:
-    """The shares of the weights, `[V, out, in]`."""
-    return shares[:, : owner.numel()].view(-1, *owner.shape)
-
-
-def _of_biases(shares: Tensor, owner: Tensor) -> Tensor:
-    """The shares of the biases, `[V, E]`."""
-    return shares[:, owner.numel() :]
-
-
-def _expert_down(c: AdaptedMLPCall, shares: Tensor | None) -> Tensor:
-    """The down-projection of each group in the sums' dtype, `[V, r, D]`; `[1, r, D]` where it is dense."""
-    weight = _cast(c.down_weight, c.sum_dtype)
-    if shares is None or c.down_owner is None:
-        return weight.unsqueeze(0)
-    owned = _of_weights(shares, c.down_owner)
-    if c.down_init is None:
-        return weight * owned
-    init = _cast(c.down_init, c.sum_dtype)
-    return torch.addcmul(init, weight - init, owned)
-
-
-def _folded_down(c: AdaptedMLPCall, ids: Tensor, saved: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A, its rows centred, `[V, r, D]`, and a, `[V, 1, r]`, in the sums' dtype; V is 1 where the projection is dense."""
-    norm_weight, norm_bias = _adapter_norm(c)
-    shares = _shares(c.down_owner, c.down_bias, ids, c.sum_dtype)
-    down, bias = _expert_down(c, shares), _cast(c.down_bias, c.sum_dtype)
-    if shares is not None and c.down_owner is not None:
-        bias = _of_biases(shares, c.down_owner) @ bias
-    bias = torch.addmv(bias.view(-1), down.view(-1, c.width), norm_bias).view(-1, 1, c.bottleneck)
-    return _centre(torch.mul(down, norm_weight, out=saved)), bias
-
-
-def _centre(matrix: Tensor) -> Tensor:
-    """Take off the mean of each row, in place."""
-    return matrix.sub_(matrix.mean(-1, keepdim=True))
-
-
-def _expert_up(c: AdaptedMLPCall, shares: Tensor | None) -> Tensor:
-    """The up-projection of each group in the sums' dtype, `[V, D, r]`; `[1, D, r]` where it is dense."""
-    weight = _cast(c.up_weight, c.sum_dtype)
-    return weight.unsqueeze(0) if shares is None or c.up_owner is None else weight * _of_weights(shares, c.up_owner)
-
-
-def _up(c: AdaptedMLPCall, shares: Tensor | None) -> Tensor:
-    """U, like `_expert_up`."""
-    up = _expert_up(c, shares)
-    return up * _scale(c) if shares is None else up.mul_(_scale(c))
-
-
-def _expert_up_bias(c: AdaptedMLPCall, shares: Tensor | None) -> Tensor:
-    """The up-projection's bias of each group in the sums' dtype, `[V, D]`; `[1, D]` where it is dense."""
-    bias = _cast(c.up_bias, c.sum_dtype)
-    return bias if shares is None or c.up_owner is None else _of_biases(shares, c.up_owner) @ bias
-
-
-def _up_bias(c: AdaptedMLPCall, shares: Tensor | None) -> Tensor:
-    """u, `[V, 1, D]`; `[1, 1, D]` where it is dense."""
-    return (_expert_up_bias(c, shares) * _scale(c)).unsqueeze(1)
-
-
-def _scale(c: AdaptedMLPCall) -> Tensor | float:
-    return c.scale if c.scale_tensor is None else _cast(c.scale_tensor.view(()), c.sum_dtype)
-
-
-def _adapter_norm(c: AdaptedMLPCall) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the adapter's norm; an adapter without one reads what the MLP reads."""
-    weight = c.mlp_norm_weight if c.norm_weight is None else c.norm_weight
-    bias = c.mlp_norm_bias if c.norm_bias is None else c.norm_bias
-    return _cast(weight, c.sum_dtype), _cast(bias, c.sum_dtype)
 
 
 def _rows(c: AdaptedMLPCall) -> Tensor:
@@ -208,8 +131,8 @@ def _is_raw(c: AdaptedMLPCall) -> bool:
 
 def _normalise(c: AdaptedMLPCall, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the MLP reads, what the adapter's products read, both in the product dtype, mean and 1 / std `[T, 1]`."""
-    values = _cast(rows, c.sum_dtype)
-    weight, bias = _cast(c.mlp_norm_weight, c.sum_dtype), _cast(c.mlp_norm_bias, c.sum_dtype)
+    values = cast(rows, c.sum_dtype)
+    weight, bias = cast(c.mlp_norm_weight, c.sum_dtype), cast(c.mlp_norm_bias, c.sum_dtype)
     if c.product_dtype == c.sum_dtype:
         normed, mean, rstd = torch.native_layer_norm(values, (c.width,), weight, bias, c.eps)
         return normed, values if _is_raw(c) else (values - mean).mul_(rstd), mean, rstd
@@ -219,7 +142,7 @@ def _normalise(c: AdaptedMLPCall, rows: Tensor) -> tuple[Tensor, Tensor, Tensor,
 
 def _mlp_hidden(c: AdaptedMLPCall, normed: Tensor, saved_pre: Tensor | None) -> Tensor:
     """The MLP's hidden values, `[T, H]`."""
-    weight, bias = _cast(c.fc1_weight, c.product_dtype), _cast(c.fc1_bias, c.product_dtype)
+    weight, bias = cast(c.fc1_weight, c.product_dtype), cast(c.fc1_bias, c.product_dtype)
     if saved_pre is None:
         pre = torch.addmm(bias, normed, weight.T)
         return aten.gelu_(pre)
@@ -230,7 +153,7 @@ def _mlp_hidden(c: AdaptedMLPCall, normed: Tensor, saved_pre: Tensor | None) -> 
 def _adapter_hidden(c: AdaptedMLPCall, down: Tensor, down_bias: Tensor, operand: Tensor, rstd: Tensor) -> Tensor:
     """What the adapter's GELU reads: `[V, M / V, r]`, or `[1, T, r]` where all groups read and compute the same."""
     streams = operand.view(1 if c.fork else c.groups, -1, c.width)
-    t = _cast(_project(streams, _cast(down, c.product_dtype)), c.sum_dtype)
+    t = cast(_project(streams, cast(down, c.product_dtype)), c.sum_dtype)
     if not _is_raw(c):
         return t + down_bias
     return torch.addcmul(down_bias, t, rstd.view(streams.shape[0], -1, 1))
@@ -246,14 +169,14 @@ def _kept(c: AdaptedMLPCall, t: Tensor, saved_kept: Tensor | None, saved_slope: 
         keep = dropout_keep(c.seed, c.dropout, c.groups, samples, c.tokens, c.bottleneck).flatten(1, 2)
         factor = keep.to(t.dtype).mul_(dropout_scale(c.dropout))
     if saved_kept is None or saved_slope is None:
-        return _cast(hidden.expand_as(t) if factor is None else factor.mul_(hidden), c.product_dtype)
+        return cast(hidden.expand_as(t) if factor is None else factor.mul_(hidden), c.product_dtype)
     aten.gelu_backward.grad_input(torch.ones_like(t) if factor is None else factor, t, grad_input=saved_slope)
     return saved_kept.copy_(hidden) if factor is None else torch.mul(factor, hidden, out=saved_kept)
 
 
 def _add_mlp(c: AdaptedMLPCall, stream: Tensor, rows: Tensor, hidden: Tensor) -> None:
     """Fill `stream`, `[T, D]`, with x and the MLP's branch."""
-    weight, bias = _cast(c.fc2_weight, c.product_dtype), _cast(c.fc2_bias, c.product_dtype)
+    weight, bias = cast(c.fc2_weight, c.product_dtype), cast(c.fc2_bias, c.product_dtype)
     branch = torch.addmm(bias, hidden, weight.T, out=stream if stream.dtype == c.product_dtype else None)
     if c.layer_scale is None:
         torch.add(rows, branch, out=stream)
@@ -263,11 +186,11 @@ def _add_mlp(c: AdaptedMLPCall, stream: Tensor, rows: Tensor, hidden: Tensor) ->
 
 def _mlp_gradient(c: AdaptedMLPCall, stream_grad: Tensor, pre: Tensor) -> Tensor:
     """The MLP's gradient towards the normalised x, `[T, D]`, in the sums' dtype."""
-    branch_grad = stream_grad if c.layer_scale is None else stream_grad * _cast(c.layer_scale, c.sum_dtype)
-    grad_hidden = torch.mm(_cast(branch_grad, c.product_dtype), _cast(c.fc2_weight, c.product_dtype))
+    branch_grad = stream_grad if c.layer_scale is None else stream_grad * cast(c.layer_scale, c.sum_dtype)
+    grad_hidden = torch.mm(cast(branch_grad, c.product_dtype), cast(c.fc2_weight, c.product_dtype))
     aten.gelu_backward.grad_input(grad_hidden, pre, grad_input=grad_hidden)
-    grad_normed = _cast(torch.mm(grad_hidden, _cast(c.fc1_weight, c.product_dtype)), c.sum_dtype)
-    return grad_normed.mul_(_cast(c.mlp_norm_weight, c.sum_dtype))
+    grad_normed = cast(torch.mm(grad_hidden, cast(c.fc1_weight, c.product_dtype)), c.sum_dtype)
+    return grad_normed.mul_(cast(c.mlp_norm_weight, c.sum_dtype))
 
 
 def _up_gradients(
@@ -275,17 +198,17 @@ def _up_gradients(
     grad: Tensor,
     product_grad: Tensor,
     kept: Tensor,
-    shares: Tensor | None,
+    owned: Tensor | None,
     gradients: dict[str, Tensor],
 ) -> None:
     """Fill the gradients of the up-projection and of the scale."""
-    weight = _cast(_product_over_rows(product_grad, kept, together=shares is None), c.sum_dtype)
-    bias = grad.sum((0, 1)).unsqueeze(0) if shares is None else grad.sum(1)
+    weight = cast(_product_over_rows(product_grad, kept, together=owned is None), c.sum_dtype)
+    bias = grad.sum((0, 1)).unsqueeze(0) if owned is None else grad.sum(1)
     if "scale_tensor" in gradients:
-        total = (weight * _expert_up(c, shares)).sum() + (bias * _expert_up_bias(c, shares)).sum()
+        total = (weight * expert_up(c, owned)).sum() + (bias * expert_up_bias(c, owned)).sum()
         gradients["scale_tensor"].fill_(total)
-    scale = _scale(c)
-    weight, bias = _owned_sum(weight, bias, c.up_owner, shares)
+    scale = scale_of(c)
+    weight, bias = owned_sum(weight, bias, c.up_owner, owned)
     torch.mul(weight, scale, out=gradients["up_weight"])
     torch.mul(bias, scale, out=gradients["up_bias"])
 
@@ -300,18 +223,18 @@ def _down_gradients(
         scaled = grad_t * rstd.view(streams, -1, 1)
         folded = _product_over_rows(scaled, rows.view(streams, -1, c.width), together)
     else:
-        normed = _cast((_cast(rows, c.sum_dtype) - mean).mul_(rstd), c.product_dtype).view(streams, -1, c.width)
-        folded = _cast(_product_over_rows(_cast(grad_t, c.product_dtype), normed, together), c.sum_dtype)
-    folded = _centre(folded)
+        normed = cast((cast(rows, c.sum_dtype) - mean).mul_(rstd), c.product_dtype).view(streams, -1, c.width)
+        folded = cast(_product_over_rows(cast(grad_t, c.product_dtype), normed, together), c.sum_dtype)
+    folded = centre(folded)
     bias = grad_t.sum((0, 1)).unsqueeze(0) if together else grad_t.sum(1)
-    shares = _shares(c.down_owner, c.down_bias, c.experts[:, 0], c.sum_dtype)
-    norm_weight, norm_bias = _adapter_norm(c)
+    owned = ownership_of(c.down_owner, c.down_bias, c.experts[:, 0], c.sum_dtype)
+    norm_weight, norm_bias = adapter_norm(c)
     if "norm_weight" in gradients:
-        down = _expert_down(c, shares)
+        down = expert_down(c, owned)
         torch.sum(folded * down, (0, 1), out=gradients["norm_weight"])
         torch.mv(down.view(-1, c.width).T, bias.view(-1), out=gradients["norm_bias"])
     weight = folded.mul_(norm_weight).addcmul_(bias.unsqueeze(2), norm_bias)
-    weight, bias = _owned_sum(weight, bias, c.down_owner, shares)
+    weight, bias = owned_sum(weight, bias, c.down_owner, owned)
     gradients["down_weight"].copy_(weight)
     gradients["down_bias"].copy_(bias)
 
@@ -348,10 +271,3 @@ def _accumulate_input(total: Tensor, grad_t: Tensor, down: Tensor, fork: bool) -
         _accumulate(total, grad_t.transpose(0, 1).flatten(1), down.flatten(0, 1))
     else:
         _accumulate(total.view(grad_t.shape[0], -1, total.shape[-1]), grad_t, down)
-
-
-def _owned_sum(weight: Tensor, bias: Tensor, owner: Tensor | None, shares: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The gradients of a projection's weight and of every expert's bias, by those of what the groups computed with."""
-    if owner is None or shares is None:
-        return weight[0], bias
-    return (weight * _of_weights(shares, owner)).sum(0), _of_biases(shares, owner).T @ bias
