@@ -59,7 +59,7 @@ class MoSAConfig:
     form: Literal["auto", "branch", "mlp"] = option("auto", free=True)
     """How an adaptformer adapter is computed, the same function either way. branch: beside the MLP; mlp: inside the
     frozen MLP's products, refused where that is not exact; auto: mlp where it is exact and known to be faster, on a CPU
-    in float32 without torch.compile, else branch."""
+    in float32 without torch.compile and not for the smallest inputs, else branch."""
     scale: float | Literal["auto", "trainable"] = "auto"
     """Factor on an adapter's output; auto: the placement's (adaptformer 0.1, others 1); trainable: learned from 1.0."""
     dropout: float | Literal["auto"] = option("auto", low=0.0, below=1.0)

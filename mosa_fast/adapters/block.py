@@ -86,8 +86,9 @@ class AdaptedBlock(Wrapper):
             and (placement_of(self.placement).parts_at_input or draws_random_numbers(self.block))
         ):
             x, routing = repeat_batch(x, routing.experts.shape[1]), routing._replace(fork=False)
+        values = x.numel() * (routing.experts.shape[1] if routing is not None and routing.fork else 1)
         # Decided here and not in a recomputation, which backward may ask for under other settings.
-        run = self._run_frozen if self.disabled else self._run_inside if is_inside(self) else self._run
+        run = self._run_frozen if self.disabled else self._run_inside if is_inside(self, values) else self._run
         if self.grad_checkpointing and self.training:
             # To save torch's random state, the host waits for the GPU: done only where the frozen block draws from it.
             draws = draws_random_numbers(self.block)

@@ -18,34 +18,38 @@ from mosa_fast.ops import get_backend
 
 # Where the products of the MLP have been measured to be faster than the branch (docs/design.md).
 FASTER_ON = ("cpu",)
+# ... and how many values (views x images x tokens x width) it must be: for fewer, as of two views of one image of 224
+# pixels at width 384, it costs more to call the many small operations than the memory saves that they do not touch.
+FASTER_FROM = 2**18
 # What may stand between the products, since what it computes is known; a subclass may compute something else.
 KNOWN = (nn.Identity, nn.Dropout, DropPath, LayerScale)
 
 
-def why_branch(block: Any) -> str | None:
+def why_branch(block: Any, values: int | None = None) -> str | None:
     """Why an adapted block computes its adapter beside the MLP; None: it does so inside the MLP's products.
 
     Args:
         block: an AdaptedBlock.
+        values: how many its adapter is given, of all views. None: enough.
     """
     if block.form == "branch":
         return "its configuration says so"
-    return (None if block.form == "mlp" else _why_not_faster(block)) or why_not_inside(block)
+    return (None if block.form == "mlp" else _why_not_faster(block, values)) or why_not_inside(block)
 
 
-def is_inside(block: Any) -> bool:
-    """Whether an adapted block computes its adapter inside the MLP's products.
+def is_inside(block: Any, values: int | None = None) -> bool:
+    """Whether an adapted block computes its adapter inside the MLP's products, as `why_branch` decides.
 
     Raises:
         ValueError: its configuration asks for the form mlp, which is not exact here; the message says why.
     """
-    reason = why_branch(block)
+    reason = why_branch(block, values)
     if reason is not None and block.form == "mlp":
         raise ValueError(f"form mlp is not exact in a {type(block.block).__name__}: {reason}; use auto or branch")
     return reason is None
 
 
-def _why_not_faster(block: Any) -> str | None:
+def _why_not_faster(block: Any, values: int | None) -> str | None:
     """Why the form auto takes the branch even where both are exact; the cheapest questions first."""
     weight = next(block.parameters())
     if weight.device.type not in FASTER_ON:
@@ -59,6 +63,8 @@ def _why_not_faster(block: Any) -> str | None:
     # Derivatives that the operator has not: torch.func's transforms and forward mode.
     if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
         return "a transform of torch.func or forward-mode differentiation runs"
+    if values is not None and values < FASTER_FROM:
+        return f"its input has fewer than {FASTER_FROM:,} values"
     return None
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from mosa_fast.adapters.block import AdaptedBlock
-from mosa_fast.adapters.inside_mlp import why_branch
+from mosa_fast.adapters.inside_mlp import FASTER_FROM, why_branch
 from mosa_fast.adapters.wrapper import unwrapped_name
 from mosa_fast.backbones.heads import classifiers
 from mosa_fast.nn import SparseProjection
@@ -44,10 +44,12 @@ class Summary:
         parts: of the table.
         branches: of every block with adapters, by timm name, why they are computed beside its MLP (form branch); None:
             inside the MLP's products (form mlp). See MoSAConfig.form.
+        inside_from: that only for inputs of so many values (views x images x tokens x width); 0: for all.
     """
 
     parts: tuple[Part, ...]
     branches: Mapping[str, str | None] = field(default_factory=dict, hash=False)
+    inside_from: int = 0
 
     def __getitem__(self, name: str) -> Part:
         """A part by its name, or "adapters" or "all": the sum of the adapters' parts, or of everything."""
@@ -70,7 +72,8 @@ class Summary:
 
     def _forms(self) -> str:
         counts = Counter(self.branches.values())
-        forms = ("form mlp" if reason is None else f"form branch ({reason})" for reason in counts)
+        inside = f"form mlp (for inputs of {self.inside_from:,} values or more)" if self.inside_from else "form mlp"
+        forms = (inside if reason is None else f"form branch ({reason})" for reason in counts)
         return "".join(f"; {form}: {count} blocks" for form, count in zip(forms, counts.values(), strict=True))
 
 
@@ -92,9 +95,11 @@ def summary(model: nn.Module) -> Summary:
         found[name] = found.get(name, Part(name)) + part
 
     branches: dict[str, str | None] = {}
+    inside_from = 0
     for path, module in model.named_modules():
         if isinstance(module, AdaptedBlock) and not module.linears:
             branches[unwrapped_name(path).removeprefix("backbone.")] = why_branch(module)
+            inside_from = FASTER_FROM if module.form == "auto" else 0
         if isinstance(module, MixtureLayer):
             for name, projection in (("down-projections", module.down), ("up-projections", module.up)):
                 add(name, _all(projection), stored=True, merged=projection.merged_parameters)
@@ -106,7 +111,7 @@ def summary(model: nn.Module) -> Summary:
     for head in classifiers(model):
         add("head", _all(head), stored=True)
     add("backbone", model.parameters())
-    return Summary(tuple(found.values()), branches)
+    return Summary(tuple(found.values()), branches, inside_from)
 
 
 def _all(module: SparseProjection | nn.Module) -> list[Tensor]:

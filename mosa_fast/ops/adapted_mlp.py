@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mosa_fast.ops import launching
-from mosa_fast.ops.call import AdaptedMLPCall, MixtureCall, check_scale, product_dtype
+from mosa_fast.ops import launching, reference
+from mosa_fast.ops.call import AdaptedMLPCall, MixtureCall, SparseAdapterCall, check_scale, product_dtype
 from mosa_fast.ops.registration import Operator
 from mosa_fast.ops.sparse_adapter import as_tensor, check_adapter, check_seed
 
@@ -42,7 +46,7 @@ def adapted_mlp(
     `mlp(n) = fc2(gelu(fc1(n)))` and `adapter(x) = scale * up_e(drop(gelu(down_e(norm(x)))))`, with the exact GELU. It
     is what `sparse_adapter` gives for x with the MLP's branch as its skip; x is normalised once. The MLP's tensors get
     no gradient. In plain PyTorch, on every device, with a backward of its own (docs/design.md, The adapter inside the
-    MLP).
+    MLP), which can be differentiated again.
 
     Args:
         x: `[N, ..., D]`, float16, bfloat16, float32 or float64; the first dimension counts samples.
@@ -110,11 +114,13 @@ def results(call: AdaptedMLPCall, save: bool) -> tuple[Tensor, ...]:
         pre: `[T, H]` in the product dtype, what the MLP's GELU reads; without rows where x gets no gradient.
         kept: `[V, M / V, r]` in the product dtype, the adapter's hidden values after dropout.
         slope: the same in the sums' dtype, the derivative of `kept` by what the adapter's GELU reads.
-        down, up: `[V, r, D]`, `[V, D, r]` in the sums' dtype, what the groups' products multiply with; one for all
-            where the projection is dense.
+        down: `[V, r, D]` in the sums' dtype, what the groups' products multiply with; one for all where it is dense.
+        up_owned: `[V, D * r + E]` in the sums' dtype, how much each group uses of every weight of the up-projection
+            and of every bias; without rows where it is dense.
     """
     c, device = call, call.x.device
-    downs, ups = (1 if owner is None else c.groups for owner in (c.down_owner, c.up_owner))
+    downs = 1 if c.down_owner is None else c.groups
+    owners = 0 if c.up_owner is None else c.groups
     hidden = (c.groups if save else 0, c.rows_per_group, c.bottleneck)
     return (
         launching.empty((c.out_samples, *c.x.shape[1:]), c.out_dtype, device),
@@ -123,10 +129,44 @@ def results(call: AdaptedMLPCall, save: bool) -> tuple[Tensor, ...]:
         launching.empty(hidden, c.product_dtype, device),
         launching.empty(hidden, c.sum_dtype, device),
         launching.empty((downs if save else 0, c.bottleneck, c.width), c.sum_dtype, device),
-        launching.empty((ups if save else 0, c.width, c.bottleneck), c.sum_dtype, device),
+        launching.empty((owners if save else 0, c.up_weight.numel() + c.up_bias.shape[0]), c.sum_dtype, device),
     )
+
+
+class _AdaptedMLP(Operator):
+    """The operator; its gradients, where they are to be differentiated themselves, are those of the formula."""
+
+    def differentiable_backward(self, *arguments: Any) -> list[Tensor]:
+        """The backward where autograd may record it: then, autograd's way through the formula, computed again."""
+        call, _saved, grad_out, needed, _added_dtype, _backend = self._backward_arguments(arguments)
+        given = {name: tensor for name, tensor in call.tensors().items() if tensor is not None}
+        if not torch.is_grad_enabled() or not any(t.requires_grad for t in (*given.values(), grad_out)):
+            return super().differentiable_backward(*arguments)
+        # Aliases, so that no gradient comes through a tensor that was made from another one of them.
+        own = {}
+        for name in self.chosen(needed):
+            tensor = given[name]
+            own[name] = tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
+        out = _formula(replace(call, **own))
+        return list(torch.autograd.grad(out, list(own.values()), grad_out, create_graph=True))
+
+
+def _formula(call: AdaptedMLPCall) -> Tensor:
+    """What the operator computes, but for fc2's bias, which no derivative knows, by operations that have gradients."""
+    c, dtype = call, call.product_dtype
+    weight, bias = c.mlp_norm_weight.to(c.sum_dtype), c.mlp_norm_bias.to(c.sum_dtype)
+    with torch.autocast(c.x.device.type, enabled=False):
+        normed = F.layer_norm(c.x.to(c.sum_dtype), (c.width,), weight, bias, c.eps).to(dtype)
+        hidden = F.gelu(F.linear(normed, c.fc1_weight.to(dtype), c.fc1_bias.to(dtype)))
+        branch = F.linear(hidden, c.fc2_weight.to(dtype))
+        skip = branch if c.layer_scale is None else branch * c.layer_scale.to(c.sum_dtype)
+    values: dict[str, Any] = {name: getattr(c, name, None) for name in SparseAdapterCall.SCHEMA}
+    values |= {"skip": skip, "activation": "gelu", "add_input": True}
+    if c.norm_weight is None:
+        values |= {"norm_weight": c.mlp_norm_weight, "norm_bias": c.mlp_norm_bias}
+    return reference.sparse_adapter(SparseAdapterCall(**values)).to(c.out_dtype)
 
 
 # The MLP's tensors, norm2's and LayerScale's.
 _FROZEN = [name for name in AdaptedMLPCall.TENSORS if name not in MixtureCall.__annotations__]
-OPERATOR = Operator(AdaptedMLPCall, ("stats", "pre", "kept", "slope", "down", "up"), results)
+OPERATOR = _AdaptedMLP(AdaptedMLPCall, ("stats", "pre", "kept", "slope", "down", "up_owned"), results)

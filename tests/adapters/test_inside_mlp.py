@@ -1,14 +1,20 @@
 """Adapters inside their MLPs' products: what models compute so, and where it is refused or not chosen."""
 
 import copy
+import itertools
 import re
+import shutil
 
 import pytest
+import timm
 import torch
 from test_fold import NO
 from tiny_models import TINY, image
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.profiler import ProfilerActivity, profile
 
 import mosa_fast as mosa
+from mosa_fast.adapters import inside_mlp
 from mosa_fast.adapters.adapter_file import read_adapter
 from mosa_fast.adapters.block import AdaptedBlock
 from mosa_fast.adapters.inside_mlp import why_branch, why_not_inside
@@ -19,6 +25,13 @@ EXPERTS, STEPS = 3, 20
 FAMILIES = [
     name for name in ("vit", "vit_layer_scale_registers", "swin", "cait", "hiera", "sam", "xcit") if name in TINY
 ]
+NEEDS_COMPILER = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler here")
+
+
+@pytest.fixture(autouse=True)
+def small_models_count(monkeypatch):
+    """What auto takes where a block's input is large; those of the tests are not."""
+    monkeypatch.setattr(inside_mlp, "FASTER_FROM", 0)
 
 
 def blocks(model):
@@ -122,12 +135,52 @@ def test_half_precision_agrees_within_rounding(dtype):
     assert difference < (1e-5 if dtype == torch.float32 else 5e-2)
 
 
-def test_compiled_without_graph_breaks():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, NEEDS_COMPILER])])
+def test_one_compiled_graph_serves_every_draw(backend):
     branch, inside, images = pair(double=False)
-    compiled = torch.compile(inside, fullgraph=True, backend="aot_eager")
-    for seed in (torch.tensor([1]), torch.tensor([2])):
+    compiler = CompileCounterWithBackend(backend)
+    compiled = torch.compile(inside, fullgraph=True, backend=compiler)
+    for seed in map(torch.tensor, ([1], [2], [3])):
         assert_equal(step(inside, images, seed, run=compiled), step(branch, images, seed), 1e-5)
         assert_equal(gradients(inside), gradients(branch), 1e-5)
+    assert compiler.frame_count == 1
+    assert "adapted_mlp" in str(compiler.graphs[0].graph)
+
+
+def peak_memory(run):
+    """The most bytes that a run has allocated at once, on top of what was there, by the allocator's own events."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(sizes))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_needs_no_more_memory_than_with_the_branch(checkpointing):
+    peaks = {}
+    for form in ("branch", "mlp"):
+        plain_model = timm.create_model("vit_tiny_patch16_224", img_size=64, embed_dim=64, num_heads=2, depth=3)
+        model = mosa.adapt(plain_model, mosa.MoSAConfig(bottleneck=8, form=form)).train()
+        if checkpointing:
+            model.set_grad_checkpointing()
+        images = torch.randn(8, 3, 64, 64)
+        step(model, images, 0)  # what the first step makes and keeps
+        peaks[form] = peak_memory(lambda model=model, images=images: step(model, images, 1))
+    assert 0 < peaks["mlp"] <= peaks["branch"]
+
+
+def test_gradients_of_gradients_are_those_of_the_branch():
+    branch, inside, images = pair(share="none", scale="trainable")
+    for model in (branch, inside):
+        for block in blocks(model):
+            block.attn.fused_attn = False  # it has no second derivative
+        images.requires_grad_()
+        model.zero_grad()
+        loss = model(images, views=2, seed=3).square().sum()
+        (slope,) = torch.autograd.grad(loss, images, create_graph=True)
+        (loss + slope.square().sum()).backward()
+    assert_equal(gradients(inside), gradients(branch), 1e-10)
 
 
 def test_adapter_files_are_the_same_in_both_forms(tmp_path):
@@ -256,6 +309,37 @@ def test_changed_frozen_weights_are_what_is_computed_with():
     assert_equal(inside.float()(images.float(), seed=1), branch.float()(images.float(), seed=1), 1e-5)
 
 
+def test_auto_takes_the_branch_for_small_inputs(monkeypatch):
+    model = mosa.adapt(TINY["vit"](), mosa.MoSAConfig(bottleneck=4)).eval()
+    images, taken = image(model.backbone, 2), []
+    for name in ("_run", "_run_inside"):
+        run = getattr(AdaptedBlock, name)
+        monkeypatch.setattr(AdaptedBlock, name, lambda *given, run=run, name=name: taken.append(name) or run(*given))
+    block = blocks(model)[0]
+    values = 2 * block.attn.qkv.in_features * model.patch_embed.num_patches  # and those of the class token
+    for least, name in ((values, "_run_inside"), (2 * values, "_run")):
+        monkeypatch.setattr(inside_mlp, "FASTER_FROM", least)
+        model(images)
+        assert set(taken) == {name}
+        taken.clear()
+    assert f"fewer than {2 * values:,} values" in why_branch(block, 2 * values - 1)
+    assert why_branch(block) is None
+    block.form = "mlp"
+    assert why_branch(block, 1) is None
+    block.form = "auto"
+    model.train()(images, views=3, seed=0)  # the first block has one view's values, and counts those of all
+    assert taken == ["_run_inside"] * 3
+
+
+def test_a_recomputation_has_the_form_of_its_forward(monkeypatch):
+    model = mosa.adapt(TINY["vit"](), mosa.MoSAConfig(bottleneck=4)).train()
+    model.set_grad_checkpointing()
+    loss = model(image(model.backbone, 2), views=2, seed=0).sum()
+    monkeypatch.setattr(inside_mlp, "FASTER_FROM", 2**60)
+    monkeypatch.delattr(AdaptedBlock, "_run")
+    loss.backward()
+
+
 def test_auto_leaves_the_choice_to_who_asked_for_a_backend_or_an_export():
     model = mosa.adapt(TINY["vit"](), mosa.MoSAConfig(bottleneck=4)).eval()
     block = blocks(model)[0]
@@ -267,10 +351,14 @@ def test_auto_leaves_the_choice_to_who_asked_for_a_backend_or_an_export():
     assert "on meta" in why_branch(blocks(copy.deepcopy(model).to("meta"))[0])
 
 
-def test_the_summary_says_which_form_each_block_has():
+def test_the_summary_says_which_form_each_block_has(monkeypatch):
     model = mosa.adapt(TINY["vit"](), mosa.MoSAConfig(bottleneck=4))
     blocks(model)[1].mlp.drop2.p = 0.5
+    monkeypatch.setattr("mosa_fast.adapters.summary.FASTER_FROM", 1000)
     counts = mosa.summary(model)
     assert list(counts.branches) == ["blocks.0", "blocks.1", "blocks.2"]
     assert [counts.branches[f"blocks.{number}"] is None for number in range(3)] == [True, False, True]
-    assert "form mlp: 2 blocks; form branch (its MLP has dropout or drop-path): 1 blocks" in str(counts)
+    branches = "form branch (its MLP has dropout or drop-path): 1 blocks"
+    assert f"; form mlp (for inputs of 1,000 values or more): 2 blocks; {branches}" in str(counts)
+    chosen = mosa.adapt(TINY["vit"](), mosa.MoSAConfig(bottleneck=4, form="mlp"))
+    assert "; form mlp: 3 blocks" in str(mosa.summary(chosen))

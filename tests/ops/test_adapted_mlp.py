@@ -176,6 +176,49 @@ def test_opcheck_of_the_backward():
     torch.library.opcheck(torch.ops.mosa_fast.adapted_mlp_backward.default, arguments)
 
 
+@pytest.mark.parametrize("fork", [False, True])
+@pytest.mark.parametrize("norm", [False, True])
+def test_gradients_can_be_differentiated(norm, fork):
+    adapter = adapter_of(torch.float64, share="none", scale="trainable", dropout=0.3, norm=norm)
+    mlp, experts = frozen(torch.float64, True), torch.tensor([[0, 1], [2, 0]], dtype=torch.int32)
+    found = []
+    for compute in (inside, branch):
+        start = stream().requires_grad_()
+        out = compute(adapter, mlp, 2 * start, experts, seed=torch.tensor([7, 3]), fork=fork)
+        inputs = [start, *adapter.parameters()]
+        first = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(gradient.square().sum() for gradient in first), inputs)
+        found.append({str(number): gradient for number, gradient in enumerate((*first, *second))})
+    assert_same(*found, 1e-12)
+
+
+def test_no_gradient_comes_twice_through_a_weight_that_was_made_from_the_input():
+    adapter, mlp = adapter_of(torch.float64), frozen(torch.float64, False)
+    found = []
+    for compute in (inside, branch):
+        x = stream().requires_grad_()
+        weights = {"up.weight": adapter.up.weight + x.mean()}
+
+        def run(adapter, compute=compute, x=x):
+            return compute(adapter, mlp, x, torch.tensor([[0, 1]], dtype=torch.int32), seed=0, fork=False)
+
+        out = torch.func.functional_call(Runner(adapter, run), {f"adapter.{n}": w for n, w in weights.items()}, ())
+        (slope,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        found.append({"slope": slope, "second": torch.autograd.grad(slope.square().sum(), x)[0]})
+    assert_same(*found, 1e-12)
+
+
+class Runner(torch.nn.Module):
+    """A function of an adapter as a module's forward, so that its weights can be given."""
+
+    def __init__(self, adapter, run):
+        super().__init__()
+        self.adapter, self.run = adapter, run
+
+    def forward(self):
+        return self.run(self.adapter)
+
+
 def test_nothing_is_kept_that_backward_does_not_need():
     for input_gradient in (False, True):
         call = operator_call(input_gradient=input_gradient)
