@@ -58,9 +58,9 @@ class PreparedWeights(NamedTuple):
     up_bias: Tensor
     backend: str
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Any]:
         """The tensors by name."""
-        return dict(zip(TENSORS, self, strict=False))  # the backend is left
+        return {name: getattr(self, name) for name in TENSORS}
 
 
 TENSORS = PreparedWeights._fields[:-1]
@@ -129,7 +129,8 @@ def prepare_weights(
             stop += 1
         lists = [[t for t in tensors if t is not None] for tensors in zip(*layers[start:stop], strict=True)]
         results = _operator(*lists, experts[start:stop], product_dtype, backend)
-        prepared += (PreparedWeights(*tensors, backend) for tensors in zip(*map(Tensor.unbind, results), strict=True))
+        for down, up, vectors, up_bias in zip(*(result.unbind() for result in results), strict=True):
+            prepared.append(PreparedWeights(down, up, vectors, up_bias, backend))
     return prepared
 
 
@@ -137,7 +138,8 @@ def results(call: Preparation, backend: str) -> PreparedWeights:
     """Memory for what is prepared, of all layers: `[layers, ...]`."""
     layouts = layouts_of(call.slots, *call.sizes, call.product_dtype, backend)
     device = call.experts.device
-    return PreparedWeights(*(launching.empty((call.layers, *s), dtype, device) for s, dtype in layouts), backend)
+    down, up, vectors, up_bias = (launching.empty((call.layers, *shape), dtype, device) for shape, dtype in layouts)
+    return PreparedWeights(down, up, vectors, up_bias, backend)
 
 
 def layouts_of(

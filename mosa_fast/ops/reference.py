@@ -60,11 +60,11 @@ def sparse_adapter(call: SparseAdapterCall) -> Tensor:
             keep = dropout_keep(c.seed, c.dropout, c.groups, samples, c.tokens, c.bottleneck)
             hidden = hidden * keep.flatten(1, 2).to(sum_dtype).mul_(c.dropout_scale)
 
-        scale = c.scale if c.scale_tensor is None else c.scale_tensor
+        scale: float | Tensor | None = c.scale if c.scale_tensor is None else c.scale_tensor
         up_weight, up_bias = c.up_weight, c.up_bias
         if c.scale_tensor is None and c.product_dtype == sum_dtype:
             # In the weights, which are the least. Not where that would round them, nor a scale that wants a gradient.
-            up_weight, up_bias, scale = up_weight * scale, up_bias * scale, None
+            up_weight, up_bias, scale = up_weight * c.scale, up_bias * c.scale, None
         up = expert_weight(up_weight, None, c.up_owner, c.experts[:, 1], up_bias.shape[0])
         bias = expert_bias(up_bias, c.up_owner, c.experts[:, 1])
         out = affine(hidden.to(c.product_dtype), up.to(c.product_dtype), bias.to(sum_dtype))
