@@ -111,7 +111,7 @@ def launches(c: Call, architecture: str, multiprocessors: int = MULTIPROCESSORS)
     launchers = LAUNCHERS[c.NAME]
     if isinstance(c, SparseAdapterCall):
         prepared = prepare_weights.results(preparation(c, 1), "triton")
-        c = replace(c, **{f"prepared_{name}": tensor[0] for name, tensor in prepared._asdict().items()})
+        c = replace(c, **{f"prepared_{name}": tensor[0] for name, tensor in prepared.tensors().items()})
     with recording(architecture, multiprocessors) as recorded:
         if c.NAME in EVALUATION_OPERATORS:
             launchers.forward(c, EVALUATION_OPERATORS[c.NAME].result(c))

@@ -49,12 +49,21 @@ class PreparedWeights(NamedTuple):
         up: `[slots, D', R']`, of the up-projection.
         vectors: float32 `[slots, 2, R']`: the down-projection's bias, with the norm's in it, and `down`'s row sums.
         up_bias: float32 `[slots, D']`.
+        backend: whose kernels read them: each pads R' as its tiles are.
     """
 
     down: Tensor
     up: Tensor
     vectors: Tensor
     up_bias: Tensor
+    backend: str
+
+    def tensors(self) -> dict[str, Any]:
+        """The tensors by name."""
+        return {name: getattr(self, name) for name in TENSORS}
+
+
+TENSORS = PreparedWeights._fields[:-1]
 
 
 class Preparation(NamedTuple):
@@ -120,44 +129,54 @@ def prepare_weights(
             stop += 1
         lists = [[t for t in tensors if t is not None] for tensors in zip(*layers[start:stop], strict=True)]
         results = _operator(*lists, experts[start:stop], product_dtype, backend)
-        prepared += map(PreparedWeights, *(result.unbind() for result in results))
+        for down, up, vectors, up_bias in zip(*(result.unbind() for result in results), strict=True):
+            prepared.append(PreparedWeights(down, up, vectors, up_bias, backend))
     return prepared
 
 
 def results(call: Preparation, backend: str) -> PreparedWeights:
     """Memory for what is prepared, of all layers: `[layers, ...]`."""
-    layers, slots, (rank, width), device = call.layers, call.slots, call.sizes, call.experts.device
+    layouts = layouts_of(call.slots, *call.sizes, call.product_dtype, backend)
+    device = call.experts.device
+    down, up, vectors, up_bias = (launching.empty((call.layers, *shape), dtype, device) for shape, dtype in layouts)
+    return PreparedWeights(down, up, vectors, up_bias, backend)
+
+
+def layouts_of(
+    slots: Slots, rank: int, width: int, product_dtype: torch.dtype, backend: str
+) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    """Shape and dtype of each tensor that is prepared of one layer, in the order of PreparedWeights."""
     ranks, columns = padded_rank(rank, backend), padded_width(width)
-    return PreparedWeights(
-        launching.empty((layers, slots.down, ranks, columns), call.product_dtype, device),
-        launching.empty((layers, slots.up, columns, ranks), call.product_dtype, device),
-        launching.empty((layers, slots.down, 2, ranks), torch.float32, device),
-        launching.empty((layers, slots.up, columns), torch.float32, device),
+    return (
+        ((slots.down, ranks, columns), product_dtype),
+        ((slots.up, columns, ranks), product_dtype),
+        ((slots.down, 2, ranks), torch.float32),
+        ((slots.up, columns), torch.float32),
     )
 
 
-def _prepare(*arguments: Any) -> PreparedWeights:
+def _prepare(*arguments: Any) -> tuple[Tensor, ...]:
     *lists, experts, product_dtype, backend = arguments
     call = Preparation.of(lists, experts, product_dtype)
     prepared = results(call, backend)
     with torch.cuda.device_of(experts):  # kernels run on the current device
         launchers(NAME, backend).forward(call, prepared)
-    return prepared
+    return tuple(prepared.tensors().values())
 
 
-def _without_gradient(*arguments: Any) -> PreparedWeights:
+def _without_gradient(*arguments: Any) -> tuple[Tensor, ...]:
     with torch._C._AutoDispatchBelowAutograd():
-        prepared: PreparedWeights = _operator(*arguments)
+        prepared: tuple[Tensor, ...] = _operator(*arguments)
         return prepared
 
 
-def _fake(*arguments: Any) -> PreparedWeights:
+def _fake(*arguments: Any) -> tuple[Tensor, ...]:
     *lists, experts, product_dtype, backend = arguments
-    return results(Preparation.of(lists, experts, product_dtype), backend)
+    return tuple(results(Preparation.of(lists, experts, product_dtype), backend).tensors().values())
 
 
 _lists = ", ".join(f"Tensor[] {name}" for name in MasterWeights._fields)
-_tensors = ", ".join(f"Tensor {name}" for name in PreparedWeights._fields)
+_tensors = ", ".join(f"Tensor {name}" for name in TENSORS)
 define(NAME, f"({_lists}, Tensor experts, ScalarType product_dtype, str backend) -> ({_tensors})")
 library.impl(NAME, _prepare, "CompositeExplicitAutograd")
 library.impl(NAME, _without_gradient, "Autograd")

@@ -25,6 +25,6 @@ def forward(call: Preparation, prepared: PreparedWeights) -> None:
     }
     for layer in range(call.layers):
         arrays: dict[str, Tensor | None] = {n: tensors[layer] for n, tensors in call.tensors.items() if tensors}
-        arrays |= {f"prepared_{name}": tensor[layer] for name, tensor in prepared._asdict().items()}
+        arrays |= {f"prepared_{name}": tensor[layer] for name, tensor in prepared.tensors().items()}
         arrays["experts"] = call.experts[layer]
         extension.run("prepare", arrays, sizes, extension.zeros("numbers"))

@@ -21,7 +21,7 @@ def forward(call: Preparation, prepared: PreparedWeights) -> None:
     up_columns = max(1, tile.rows * tile.columns // ranks)
     programs = slots.down * (ranks // tile.rows) + slots.up * -(-columns // up_columns)
     arguments: dict[str, Any] = {f"{name}_ptrs": tuple(tensors) or None for name, tensors in call.tensors.items()}
-    arguments |= {f"prepared_{name}_ptr": tensor for name, tensor in prepared._asdict().items()}
+    arguments |= {f"prepared_{name}_ptr": tensor for name, tensor in prepared.tensors().items()}
     arguments |= {
         "experts_ptr": call.experts,
         "groups": call.experts.shape[1],

@@ -60,10 +60,16 @@ def sparse_adapter(call: SparseAdapterCall) -> Tensor:
             keep = dropout_keep(c.seed, c.dropout, c.groups, samples, c.tokens, c.bottleneck)
             hidden = hidden * keep.flatten(1, 2).to(sum_dtype).mul_(c.dropout_scale)
 
-        up = expert_weight(c.up_weight, None, c.up_owner, c.experts[:, 1], c.up_bias.shape[0])
-        bias = expert_bias(c.up_bias, c.up_owner, c.experts[:, 1])
-        scale = c.scale if c.scale_tensor is None else c.scale_tensor
-        out = affine(hidden.to(c.product_dtype), up.to(c.product_dtype), bias.to(sum_dtype), scale)
+        scale: float | Tensor | None = c.scale if c.scale_tensor is None else c.scale_tensor
+        up_weight, up_bias = c.up_weight, c.up_bias
+        if c.scale_tensor is None and c.product_dtype == sum_dtype:
+            # In the weights, which are the least. Not where that would round them, nor a scale that wants a gradient.
+            up_weight, up_bias, scale = up_weight * c.scale, up_bias * c.scale, None
+        up = expert_weight(up_weight, None, c.up_owner, c.experts[:, 1], up_bias.shape[0])
+        bias = expert_bias(up_bias, c.up_owner, c.experts[:, 1])
+        out = affine(hidden.to(c.product_dtype), up.to(c.product_dtype), bias.to(sum_dtype))
+        if scale is not None:
+            out = out * scale
         if c.add_input:
             out += streams
         if c.skip is not None:
@@ -183,7 +189,8 @@ def ownership(owner: Tensor, ids: Tensor, experts: int, dtype: torch.dtype) -> T
     ids: `[V]`, or `[V, rows]` where the rows of a weight have experts of their own.
     """
     ids = ids.view(*ids.shape, *[1] * (1 + owner.ndim - ids.ndim))
-    return (owner == ids).to(dtype).masked_fill_(ids == MERGED, 1.0 / experts)
+    # Compared in place, as numbers: on a CPU to make bools, and to turn them into numbers, takes twice as long.
+    return (owner.to(dtype) - ids).eq_(0).add_(ids == MERGED, alpha=1.0 / experts)
 
 
 def expert_weight(weight: Tensor, init: Tensor | None, owner: Tensor | None, ids: Tensor, experts: int) -> Tensor:
@@ -202,14 +209,11 @@ def expert_bias(bias: Tensor, owner: Tensor | None, ids: Tensor) -> Tensor:
     return (ownership(rows, ids, bias.shape[0], bias.dtype) @ bias).unsqueeze(1)
 
 
-def affine(x: Tensor, weight: Tensor, bias: Tensor, scale: float | Tensor | None = None) -> Tensor:
-    """`project`'s product, plus `[V, 1, out]` or `[out]`, times scale if there is one: in the bias's dtype."""
-    exact = x.dtype == bias.dtype  # else bias and scale are spared the rounding of the product
-    if exact and isinstance(scale, float):
-        # Of the weights, which are much smaller than the result. (A trained scale gets its gradient from the result.)
-        weight, bias, scale = weight * scale, bias * scale, None
-    out = project(x, weight, bias) if exact else project(x, weight).to(bias.dtype) + bias
-    return out if scale is None else out * scale
+def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`project`'s product, plus `[V, 1, out]` or `[out]`, in the bias's dtype."""
+    if x.dtype == bias.dtype:
+        return project(x, weight, bias)
+    return project(x, weight).to(bias.dtype) + bias  # the bias is spared the rounding of the product
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

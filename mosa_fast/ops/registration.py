@@ -83,8 +83,8 @@ class Operator:
         return self._differentiable_forward(*values, save, backend)[0]
 
     def _forward(self, *arguments: Any) -> tuple[Tensor, ...]:
-        *values, save, backend = arguments
-        call = self.call(*map(contiguous, values))
+        tensors, (*options, save, backend) = arguments[: self.tensor_count], arguments[self.tensor_count :]
+        call = self.call(*map(contiguous, tensors), *options)
         out, *saved = self.results(call, save)
         if out.numel():
             with torch.cuda.device_of(call.x):  # kernels run on the current device

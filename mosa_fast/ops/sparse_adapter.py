@@ -10,9 +10,8 @@ from torch import Tensor
 from mosa_fast.ops import launching, reference
 from mosa_fast.ops.backends import resolve_backend
 from mosa_fast.ops.call import AdaptedMLPCall, SparseAdapterCall, check_device, check_scale, describe, product_dtype
-from mosa_fast.ops.prepare_weights import MasterWeights, PreparedWeights, prepare_weights
+from mosa_fast.ops.prepare_weights import MasterWeights, PreparedWeights, layouts_of, prepare_weights
 from mosa_fast.ops.registration import Operator
-from mosa_fast.ops.slots import padded_rank, padded_width
 
 
 def sparse_adapter(
@@ -62,8 +61,8 @@ def sparse_adapter(
         fork: False: the N samples are V equal consecutive groups and out has the shape of x. True: every group
             reads all of x, and out is `[V * N, ..., D]`, group after group.
         eps: of the norm.
-        prepared: what `prepare_weights` made of these very weights and experts for the backend that serves, so that
-            many layers share a launch. None: it is made here. The reference does without.
+        prepared: what `prepare_weights` made of these very weights and experts, so that many layers share a launch.
+            None, or made for another backend than the one that serves: it is made here. The reference does without.
 
     Returns:
         The promoted dtype of x and skip.
@@ -75,7 +74,7 @@ def sparse_adapter(
     seed = as_tensor(seed, x.device)
     check_seed(seed, x)
     check_scale(scale, x)
-    down, up, vectors, up_bias_rows = (None, None, None, None) if prepared is None else prepared
+    given: dict[str, Tensor] = {} if prepared is None else prepared.tensors()
     call = SparseAdapterCall(
         x=x,
         skip=skip,
@@ -91,10 +90,10 @@ def sparse_adapter(
         experts=experts,
         scale_tensor=scale if isinstance(scale, Tensor) else None,
         seed=seed if dropout > 0 else None,
-        prepared_down=down,
-        prepared_up=up,
-        prepared_vectors=vectors,
-        prepared_up_bias=up_bias_rows,
+        prepared_down=given.get("down"),
+        prepared_up=given.get("up"),
+        prepared_vectors=given.get("vectors"),
+        prepared_up_bias=given.get("up_bias"),
         activation=activation,
         scale=1.0 if isinstance(scale, Tensor) else float(scale),
         dropout=float(dropout),
@@ -109,10 +108,10 @@ def sparse_adapter(
     backend = resolve_backend(x.device, x.dtype, call.NAME)
     if backend == "reference":
         return reference.sparse_adapter(call)
-    if prepared is None:
+    if prepared is None or prepared.backend != backend:
         call = _with_prepared_weights(call, backend)
     else:
-        _check_prepared(call, prepared, backend)
+        _check_prepared(call, prepared)
     return _operator(call, backend)
 
 
@@ -140,15 +139,19 @@ def _with_prepared_weights(call: SparseAdapterCall, backend: str) -> SparseAdapt
     """The call of a layer that prepares its own weights."""
     masters = MasterWeights(*(getattr(call, name) for name in MasterWeights._fields))
     (prepared,) = prepare_weights([masters], call.experts.unsqueeze(0), call.product_dtype, backend)
-    return replace(call, **{f"prepared_{name}": tensor for name, tensor in prepared._asdict().items()})
+    return replace(call, **{f"prepared_{name}": tensor for name, tensor in prepared.tensors().items()})
 
 
-def _check_prepared(call: SparseAdapterCall, prepared: PreparedWeights, backend: str) -> None:
+def _check_prepared(call: SparseAdapterCall, prepared: PreparedWeights) -> None:
     rank, width = call.down_weight.shape
-    expected = call.product_dtype, (call.slots.down, padded_rank(rank, backend), padded_width(width))
-    if (prepared.down.dtype, prepared.down.shape) != expected:
-        wanted, got = describe(torch.empty(expected[1], dtype=expected[0], device="meta")), describe(prepared.down)
-        raise ValueError(f"prepared must be made for such a call: its down must be {wanted}, got {got}")
+    layouts = layouts_of(call.slots, rank, width, call.product_dtype, prepared.backend)
+    for (name, tensor), (shape, dtype) in zip(prepared.tensors().items(), layouts, strict=True):
+        if tensor.shape != shape or tensor.dtype != dtype:
+            wanted = describe(torch.empty(shape, dtype=dtype, device="meta"))
+            raise ValueError(
+                f"prepared must be made for such a call: its {name} must be {wanted}, got {describe(tensor)}"
+            )
+        check_device(f"prepared's {name}", tensor, call.x)
 
 
 def as_tensor(seed: int | Tensor, device: torch.device) -> Tensor:

@@ -30,19 +30,18 @@ def forward(call: SparseAdapterCall, out: Tensor, saved: Sequence[Tensor]) -> No
     """Fill the output and the saved tensors."""
     c, (stats, pre) = call, map(launching.wanted, saved)
     tile = triton_tiles.choose("forward", c, c.bottleneck)
-    triton_launching.launch(
-        sparse_adapter_fwd_kernel,
-        (triton.cdiv(c.rows_per_group, tile.rows) * c.groups,),
-        tile,
-        _arguments(c) | {"out_ptr": out, "stats_ptr": stats, "pre_ptr": pre},
-    )
+    programs = triton.cdiv(c.rows_per_group, tile.rows) * c.groups
+    arguments = _arguments(c)
+    arguments |= {"out_ptr": out, "stats_ptr": stats, "pre_ptr": pre}
+    triton_launching.launch(sparse_adapter_fwd_kernel, (programs,), tile, arguments)
 
 
 def backward(call: SparseAdapterCall, grad_out: Tensor, saved: Sequence[Tensor], gradients: dict[str, Tensor]) -> None:
     """Fill the gradients."""
     c, device = call, grad_out.device
     stats, pre = map(launching.wanted, saved)
-    arguments = _arguments(c) | triton_launching.gradient_arguments(c, gradients)
+    arguments = _arguments(c)
+    arguments |= triton_launching.gradient_arguments(c, gradients)
     arguments |= {
         "grad_out_ptr": grad_out,
         "stats_ptr": stats,
@@ -96,7 +95,8 @@ def backward(call: SparseAdapterCall, grad_out: Tensor, saved: Sequence[Tensor],
 
 def _arguments(c: SparseAdapterCall) -> dict[str, Any]:
     """What the call itself says, by the names of the kernels' parameters."""
-    return triton_launching.arguments(c) | {
+    named = triton_launching.arguments(c)
+    named |= {
         "tokens": c.tokens,
         "scale": c.scale,
         "dropout_threshold": c.dropout_threshold,
@@ -115,3 +115,4 @@ def _arguments(c: SparseAdapterCall) -> dict[str, Any]:
         "ADD_INPUT": c.add_input,
         "FIRST_SAMPLE": c.seed is not None and c.seed.numel() == 2,
     }
+    return named

@@ -18,9 +18,12 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfl
 
 
 def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, arguments: dict[str, Any]) -> None:
-    """Launch a Triton kernel with the tile's sizes, warps and stages; of the arguments it takes what it names."""
-    named = arguments | {"BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns}
-    kernel[grid](*_parameters_of(kernel)(named), **tile.options())
+    """Launch a Triton kernel with the tile's sizes, warps and stages; of the arguments it takes what it names.
+
+    The arguments get the tile's sizes: a copy of so many would take as long as the rest of this function.
+    """
+    arguments["BLOCK_ROWS"], arguments["BLOCK_COLUMNS"] = tile.rows, tile.columns
+    kernel[grid](*_parameters_of(kernel)(arguments), **tile.options())
 
 
 @cache
@@ -32,7 +35,7 @@ def _parameters_of(kernel: Any) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
 def arguments(call: Call) -> dict[str, Any]:
     """What kernels of every operator take: tensors as `NAME_ptr`, sizes, and how products are computed."""
     named: dict[str, Any] = dict(zip(_pointers("", *call.TENSORS), call.tensors().values(), strict=True))
-    return named | {
+    named |= {
         "rows_per_group": call.rows_per_group,
         "groups": call.groups,
         "WIDTH": call.width,
@@ -40,6 +43,7 @@ def arguments(call: Call) -> dict[str, Any]:
         "PRODUCT": TRITON_DTYPES[call.product_dtype],
         "PRECISION": product_precision(),
     }
+    return named
 
 
 def gradient_arguments(call: Call, gradients: dict[str, Tensor]) -> dict[str, Tensor | None]:

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from kernel_cases import CASES, Case, check, compare, make, poisoned, run, variant
 
 from mosa_fast.ops import backend, sparse_adapter, sparse_adapter_triton
-from mosa_fast.ops.prepare_weights import MasterWeights, prepare_weights
+from mosa_fast.ops.prepare_weights import TENSORS, MasterWeights, PreparedWeights, layouts_of, prepare_weights
 from mosa_fast.ops.reference import expert_bias, expert_weight
+from mosa_fast.ops.slots import Slots
 
 DTYPES = [torch.float32, torch.float16]
 
@@ -242,6 +243,31 @@ def test_weights_that_were_prepared_for_another_call_are_refused():
         ):
             with pytest.raises(ValueError, match=message):
                 sparse_adapter(**arguments, prepared=wrong)
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_every_prepared_tensor_is_checked(name):
+    arguments = make(CASES[0], torch.float32, "cpu")
+    prepared = prepared_for(arguments)
+    for wrong, message in (
+        (getattr(prepared, name)[:1], f"its {name} must be"),
+        (getattr(prepared, name).bfloat16(), f"its {name} must be"),
+        (getattr(prepared, name).to("meta"), f"prepared's {name} is on meta"),
+    ):
+        with backend("triton"), pytest.raises(ValueError, match=message):
+            sparse_adapter(**arguments, prepared=prepared._replace(**{name: wrong}))
+
+
+def test_weights_that_were_prepared_for_another_backend_are_prepared_again():
+    """As when a checkpointed block is recomputed where another backend serves: ranks are padded as its tiles are."""
+    arguments = make(CASES[0], torch.float32, "cpu")
+    prepared = prepared_for(arguments)
+    layouts = layouts_of(Slots(False, 2, 2), 16, 96, torch.float32, "cuda")
+    other = PreparedWeights(*(torch.full(shape, torch.nan, dtype=dtype) for shape, dtype in layouts), "cuda")
+    assert other.down.shape != prepared.down.shape
+    own, given = run("triton", arguments), run("triton", arguments | {"prepared": other})
+    for key, value in own.items():
+        assert torch.equal(given[key], value), key
 
 
 def test_prepared_weights_are_those_of_the_groups_and_padded_with_zeros():

@@ -24,7 +24,7 @@ def operator_arguments(case: Case, dtype=torch.float32):
     values["product_dtype"] = dtype
     masters = MasterWeights(*(values[name] for name in MasterWeights._fields))
     (prepared,) = prepare_weights([masters], values["experts"][None], dtype, "triton")
-    values |= {f"prepared_{name}": tensor for name, tensor in prepared._asdict().items()}
+    values |= {f"prepared_{name}": tensor for name, tensor in prepared.tensors().items()}
     for name in case.gradients:
         name = "scale_tensor" if name == "scale" else name
         if values[name] is not None:
