@@ -64,7 +64,7 @@ TILES: dict[tuple[str, str], dict[tuple[int, int], Tile]] = {
         (4, 256): Tile(16, 16, 8, 2),
     },
     ("forward", "sparse_adapter plain"): {size: Tile(64, 32, 8, 3) for size in ((2, 64), (2, 128), (2, 256))},
-    ("backward_input", "sparse_adapter plain"): {(2, 64): Tile(64, 64, 8, 3), (2, 128): Tile(64, 64, 8, 3)},
+    ("backward_input", "sparse_adapter plain"): {(2, 64): Tile(64, 64, 8, 3)},
     ("backward_weight", "sparse_adapter plain"): {(2, 64): Tile(64, 64, 8, 3)},
     # No norm and no activation: few registers, so that three small programs take turns on a multiprocessor.
     ("forward", "sparse_lora plain"): {(2, 64): Tile(64, 64, 4, 3)},
