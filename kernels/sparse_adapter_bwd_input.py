@@ -78,7 +78,7 @@ def backward_hidden(
     """For one group's rows write h, t and t's sums; each row's part of the scale's gradient is returned with t.
 
     up_ranks: pointers `[1, BLOCK_BOTTLENECK]` to the first row of the group's prepared up-weights. bias: e.
-    mean, rstd: of the rows of x.
+    mean, rstd: of the rows of x, None without a norm.
     rank_sums_ptr: where the sums of t, and after them those of t' mean, go; None: nowhere.
 
     Returns:
@@ -118,10 +118,7 @@ def backward_hidden(
         scale_rows = tl.where(row_valid, scale_rows + tl.sum(hidden * grad_hidden, axis=1), 0.0)
     grad_pre = scale * grad_hidden * slope
     tl.store(hidden_ptr + tile, hidden.to(PRODUCT), mask=tile_valid)
-    if RAW_INPUT:
-        written = (grad_pre * rstd[:, None]).to(PRODUCT)
-    else:
-        written = grad_pre.to(PRODUCT)
+    written = (grad_pre * rstd[:, None] if RAW_INPUT else grad_pre).to(PRODUCT)
     tl.store(grad_pre_ptr + tile, written, mask=tile_valid)
     if rank_sums_ptr is not None:
         grad_pre_sums = tl.sum(tl.where(row_valid[:, None], grad_pre, 0.0), axis=0)
@@ -200,11 +197,8 @@ def sparse_adapter_bwd_input_kernel(
     rank_valid = ranks < BOTTLENECK
     if scale_tensor_ptr is not None:
         scale = tl.load(scale_tensor_ptr).to(tl.float32)
-    mean = 0.0
-    rstd = 1.0
-    if NORM:
-        mean = tl.load(stats_ptr + in_rows * 2)
-        rstd = tl.load(stats_ptr + in_rows * 2 + 1)
+    mean = tl.load(stats_ptr + in_rows * 2) if NORM else None
+    rstd = tl.load(stats_ptr + in_rows * 2 + 1) if NORM else None
 
     grad_mean = tl.zeros([BLOCK_ROWS], tl.float32)  # mean(dn)
     grad_product_mean = tl.zeros([BLOCK_ROWS], tl.float32)  # mean(dn * x^)

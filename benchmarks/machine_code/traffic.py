@@ -10,9 +10,9 @@ A function takes a call and one of its launches and says, in bytes and for the w
     planned     read and written by a kernel that is as good as the design wants it
 
 and, for one program: `loops`, the trip counts of its loops, in the order of the source, each with those inside it;
-`products`, the tensor-core multiply-adds of each; `through_registers`, whether what is streamed is loaded to registers in the
-iteration that uses it (else loads to registers come from the L2 cache); and `waits`, how often a kernel waits for DRAM
-whose loops are not declared, since the compiler unrolls them.
+`products`, the tensor-core multiply-adds of each; `through_registers`, whether what is streamed is loaded to registers
+in the iteration that uses it (else loads to registers come from the L2 cache); and `waits`, how often a kernel waits
+for DRAM whose loops are not declared, since the compiler unrolls them.
 """
 
 from __future__ import annotations
