@@ -91,8 +91,16 @@ def backward_hidden(
     tile_valid = row_valid[:, None] & rank_valid[None, :]
     pre = tl.load(pre_ptr + tile, mask=tile_valid, other=0.0)  # on its way while y is multiplied
     grad_rows = grad_out_ptr + out_rows[:, None] * WIDTH
-    grad_hidden = tl.zeros([BLOCK_ROWS, BLOCK_BOTTLENECK], tl.float32)  # a
     scale_rows = tl.zeros([BLOCK_ROWS], tl.float32)
+    if SCALE_GRAD:
+        # In a loop of its own: if the product's y were read into registers as well, Triton would have it overwritten
+        # while tensor cores still read it.
+        for start in range(0, WIDTH, BLOCK_COLUMNS):
+            columns = start + tl.arange(0, BLOCK_COLUMNS)
+            grad = load_tile(grad_rows + columns[None, :], (columns < WIDTH)[None, :], EVEN_COLUMNS, READ_AGAIN)
+            up_bias = tl.load(up_bias_ptr + columns)
+            scale_rows += tl.sum(grad.to(tl.float32) * up_bias[None, :], axis=1)
+    grad_hidden = tl.zeros([BLOCK_ROWS, BLOCK_BOTTLENECK], tl.float32)  # a
     for start in range(0, WIDTH, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         column_valid = columns < WIDTH
@@ -100,9 +108,6 @@ def backward_hidden(
         grad = load_tile(grad_rows + columns[None, :], column_valid[None, :], EVEN_COLUMNS, READ_AGAIN)
         weight = tl.load(up_ranks + columns[:, None] * BLOCK_BOTTLENECK)
         grad_hidden = tl.dot(grad.to(PRODUCT), weight, grad_hidden, input_precision=PRECISION)
-        if SCALE_GRAD:
-            up_bias = tl.load(up_bias_ptr + columns)
-            scale_rows += tl.sum(grad.to(tl.float32) * up_bias[None, :], axis=1)
 
     pre = pre.to(tl.float32)
     z = pre + bias[None, :]

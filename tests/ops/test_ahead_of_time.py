@@ -176,6 +176,13 @@ def test_rows_of_16_bits_are_multiplied_as_they_lie_in_memory(compiled, name):
     assert not {"LDG", "STS", "LDS", "LDSM"} & loads
 
 
+def test_a_trained_scale_leaves_a_product_its_operand(compiled):
+    """Each stage has room for y and for the weights, which it has not if y is read into registers as well."""
+    kernel = results(compiled, "plain-bfloat16-r64", "sm_90")[1]
+    assert kernel.name == "sparse_adapter_bwd_input_kernel"
+    assert kernel.shared >= kernel.tile.stages * 2 * kernel.tile.columns * (kernel.tile.rows + 64)
+
+
 def test_every_row_of_the_table_is_checked():
     """The calls above meet every tile."""
     met = set()
