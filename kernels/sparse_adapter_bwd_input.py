@@ -16,14 +16,14 @@ so x is read once, when dx is written. Likewise the scale's gradient, sum(y * (h
 A fork sums the groups' dx in the same program; y is then read V times.
 
 Written besides, for the weight gradients (sparse_adapter_bwd_weight.py): h (after dropout) and t, r wide, in the
-product dtype; and of this program's rows of each group the sums of y, of t and of t' mean. Where x is normalised and
-in bfloat16, as the products are, t' = rstd t is written in place of t, to be multiplied with x as it lies in memory.
+product dtype; and of this program's rows of each group the sums of t and of t' mean. Where x is normalised and in
+bfloat16, as the products are, t' = rstd t is written in place of t, to be multiplied with x as it lies in memory.
 The skip's gradient is y: autograd hands it on as it is, unless the skip has another dtype than the output (a branch in
 half precision beside timm's float32 residual stream), or groups are to be summed. Then it is written here, where y is
 in hand, and the weight gradients read this narrower y if it has the products' dtype.
 
 Bytes, for M rows, s bytes an element, B rows a program: read y: M D s (again from the L2 cache in the second pass),
-x: M D s, p: M r s; write dx: M D s, the skip's gradient where it is wanted, h and t: 2 M r s, sums: 4 (D + 2 r) M / B.
+x: M D s, p: M r s; write dx: M D s, the skip's gradient where it is wanted, h and t: 2 M r s, sums: 8 r M / B.
 Weights as in the forward, and the same ones: each layer's are kept for its backward.
 """
 
@@ -50,14 +50,14 @@ def backward_hidden(
     bias,
     seed_ptr,
     pre_ptr,
-    stats_ptr,
+    mean,
+    rstd,
     hidden_ptr,
     grad_pre_ptr,
     rank_sums_ptr,
     group,
     rows,
     row_valid,
-    in_rows,
     out_rows,
     scale,
     tokens,
@@ -78,6 +78,7 @@ def backward_hidden(
     """For one group's rows write h, t and t's sums; each row's part of the scale's gradient is returned with t.
 
     up_ranks: pointers `[1, BLOCK_BOTTLENECK]` to the first row of the group's prepared up-weights. bias: e.
+    mean, rstd: of the rows of x, None without a norm.
     rank_sums_ptr: where the sums of t, and after them those of t' mean, go; None: nowhere.
 
     Returns:
@@ -86,9 +87,20 @@ def backward_hidden(
     EVEN_COLUMNS: tl.constexpr = WIDTH % BLOCK_COLUMNS == 0
     ranks = tl.arange(0, BLOCK_BOTTLENECK)
     rank_valid = ranks < BOTTLENECK
+    tile = out_rows[:, None] * BOTTLENECK + ranks[None, :]
+    tile_valid = row_valid[:, None] & rank_valid[None, :]
+    pre = tl.load(pre_ptr + tile, mask=tile_valid, other=0.0)  # on its way while y is multiplied
     grad_rows = grad_out_ptr + out_rows[:, None] * WIDTH
-    grad_hidden = tl.zeros([BLOCK_ROWS, BLOCK_BOTTLENECK], tl.float32)  # a
     scale_rows = tl.zeros([BLOCK_ROWS], tl.float32)
+    if SCALE_GRAD:
+        # In a loop of its own: if the product's y were read into registers as well, Triton would have it overwritten
+        # while tensor cores still read it.
+        for start in range(0, WIDTH, BLOCK_COLUMNS):
+            columns = start + tl.arange(0, BLOCK_COLUMNS)
+            grad = load_tile(grad_rows + columns[None, :], (columns < WIDTH)[None, :], EVEN_COLUMNS, READ_AGAIN)
+            up_bias = tl.load(up_bias_ptr + columns)
+            scale_rows += tl.sum(grad.to(tl.float32) * up_bias[None, :], axis=1)
+    grad_hidden = tl.zeros([BLOCK_ROWS, BLOCK_BOTTLENECK], tl.float32)  # a
     for start in range(0, WIDTH, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         column_valid = columns < WIDTH
@@ -96,13 +108,8 @@ def backward_hidden(
         grad = load_tile(grad_rows + columns[None, :], column_valid[None, :], EVEN_COLUMNS, READ_AGAIN)
         weight = tl.load(up_ranks + columns[:, None] * BLOCK_BOTTLENECK)
         grad_hidden = tl.dot(grad.to(PRODUCT), weight, grad_hidden, input_precision=PRECISION)
-        if SCALE_GRAD:
-            up_bias = tl.load(up_bias_ptr + columns)
-            scale_rows += tl.sum(grad.to(tl.float32) * up_bias[None, :], axis=1)
 
-    tile = out_rows[:, None] * BOTTLENECK + ranks[None, :]
-    tile_valid = row_valid[:, None] & rank_valid[None, :]
-    pre = tl.load(pre_ptr + tile, mask=tile_valid, other=0.0).to(tl.float32)
+    pre = pre.to(tl.float32)
     z = pre + bias[None, :]
     hidden = activate(z, ACTIVATION)
     slope = activation_derivative(z, ACTIVATION)
@@ -116,17 +123,13 @@ def backward_hidden(
         scale_rows = tl.where(row_valid, scale_rows + tl.sum(hidden * grad_hidden, axis=1), 0.0)
     grad_pre = scale * grad_hidden * slope
     tl.store(hidden_ptr + tile, hidden.to(PRODUCT), mask=tile_valid)
-    if RAW_INPUT:
-        written = (grad_pre * tl.load(stats_ptr + in_rows * 2 + 1)[:, None]).to(PRODUCT)
-    else:
-        written = grad_pre.to(PRODUCT)
+    written = (grad_pre * rstd[:, None] if RAW_INPUT else grad_pre).to(PRODUCT)
     tl.store(grad_pre_ptr + tile, written, mask=tile_valid)
     if rank_sums_ptr is not None:
         grad_pre_sums = tl.sum(tl.where(row_valid[:, None], grad_pre, 0.0), axis=0)
         tl.store(rank_sums_ptr + ranks, grad_pre_sums, mask=rank_valid)
         if RAW_INPUT:  # of t' as it was rounded: so much of the mean is in the product with x
-            mean = tl.where(row_valid, tl.load(stats_ptr + in_rows * 2), 0.0)
-            mean_sums = tl.sum(written.to(tl.float32) * mean[:, None], axis=0)
+            mean_sums = tl.sum(written.to(tl.float32) * tl.where(row_valid, mean, 0.0)[:, None], axis=0)
             tl.store(rank_sums_ptr + BOTTLENECK + ranks, mean_sums, mask=rank_valid)
     return grad_pre, written, pre, scale_rows
 
@@ -149,7 +152,6 @@ def sparse_adapter_bwd_input_kernel(
     hidden_ptr,
     grad_pre_ptr,
     scale_partial_ptr,
-    grad_sums_ptr,
     rank_sums_ptr,
     rows_per_group,
     tokens,
@@ -180,8 +182,8 @@ def sparse_adapter_bwd_input_kernel(
     """One program: BLOCK_ROWS rows of x, with all the groups that read them (one, unless forked).
 
     grad_skip_ptr, grad_x_ptr: None where they are not to be written. scale_partial_ptr: float32, one number a program.
-    grad_sums, rank_sums: float32 `[B, D]` and `[B, 2, r]`, for each of B blocks of rows, group after group, the sums of
-    y; and of t and t' mean. None where no weight needs a gradient. RAW_INPUT: t' is written in place of t.
+    rank_sums: float32 `[B, 2, r]`, for each of B blocks of rows, group after group, the sums of t and of t' mean; None
+    where no weight needs a gradient. RAW_INPUT: t' is written in place of t.
     """
     EVEN_COLUMNS: tl.constexpr = WIDTH % BLOCK_COLUMNS == 0
     if FORK:
@@ -200,6 +202,8 @@ def sparse_adapter_bwd_input_kernel(
     rank_valid = ranks < BOTTLENECK
     if scale_tensor_ptr is not None:
         scale = tl.load(scale_tensor_ptr).to(tl.float32)
+    mean = tl.load(stats_ptr + in_rows * 2) if NORM else None
+    rstd = tl.load(stats_ptr + in_rows * 2 + 1) if NORM else None
 
     grad_mean = tl.zeros([BLOCK_ROWS], tl.float32)  # mean(dn)
     grad_product_mean = tl.zeros([BLOCK_ROWS], tl.float32)  # mean(dn * x^)
@@ -215,6 +219,8 @@ def sparse_adapter_bwd_input_kernel(
             block_rank_sums = rank_sums_ptr + (group * blocks + block).to(tl.int64) * (2 * BOTTLENECK)
         else:
             block_rank_sums = None
+        if NORM:
+            weight_sums = tl.load(vectors + BLOCK_BOTTLENECK)
         grad_pre, grad_pre_tile, pre, scale_part = backward_hidden(
             grad_out_ptr,
             prepared_up_ptr + up_slot * (PADDED_WIDTH * BLOCK_BOTTLENECK) + ranks[None, :],
@@ -222,14 +228,14 @@ def sparse_adapter_bwd_input_kernel(
             tl.load(vectors),
             seed_ptr,
             pre_ptr,
-            stats_ptr,
+            mean,
+            rstd,
             hidden_ptr,
             grad_pre_ptr,
             block_rank_sums,
             group,
             rows,
             row_valid,
-            in_rows,
             group.to(tl.int64) * rows_per_group + rows,
             scale,
             tokens,
@@ -249,32 +255,27 @@ def sparse_adapter_bwd_input_kernel(
         )
         scale_rows += scale_part
         if NORM:
-            weight_sums = tl.load(vectors + BLOCK_BOTTLENECK)
             grad_mean += tl.sum(grad_pre * weight_sums[None, :], axis=1) / WIDTH
             grad_product_mean += tl.sum(grad_pre * pre, axis=1) / WIDTH
     if scale_partial_ptr is not None:
         tl.store(scale_partial_ptr + tl.program_id(0), tl.sum(scale_rows, axis=0))
 
-    if grad_x_ptr is not None or grad_skip_ptr is not None or grad_sums_ptr is not None:
+    if grad_x_ptr is not None or grad_skip_ptr is not None:
         if NORM:
-            mean = tl.load(stats_ptr + in_rows * 2)
-            rstd = tl.load(stats_ptr + in_rows * 2 + 1)
             grad_mean *= rstd
             grad_product_mean *= rstd * rstd
         if FORK:
             tl.debug_barrier()  # the groups' t, written above, are read again below by other threads
         # What one group alone reads is read one block ahead, so that memory is busy during this block's product.
         NEED_X: tl.constexpr = NORM and grad_x_ptr is not None
-        NEED_DIRECT: tl.constexpr = ADD_INPUT or grad_skip_ptr is not None or grad_sums_ptr is not None
+        NEED_DIRECT: tl.constexpr = ADD_INPUT or grad_skip_ptr is not None
         x_rows = x_ptr + in_rows[:, None] * WIDTH
         columns = tl.arange(0, BLOCK_COLUMNS)
         if NEED_X:
             next_x = load_tile(x_rows + columns[None, :], columns[None, :] < WIDTH, EVEN_COLUMNS)
         if NEED_DIRECT and not FORK:
             grad_rows = grad_out_ptr + in_rows[:, None] * WIDTH
-            # Rows past the end are zero, for the sums.
-            next_valid = row_valid[:, None] & (columns < WIDTH)[None, :]
-            next_grad = tl.load(grad_rows + columns[None, :], mask=next_valid, other=0.0)
+            next_grad = load_tile(grad_rows + columns[None, :], columns[None, :] < WIDTH, EVEN_COLUMNS)
         for start in range(0, WIDTH, BLOCK_COLUMNS):
             columns = start + tl.arange(0, BLOCK_COLUMNS)
             column_valid = columns < WIDTH
@@ -289,7 +290,7 @@ def sparse_adapter_bwd_input_kernel(
                     direct = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)  # sum of y over the groups
                 else:
                     direct = next_grad
-                    next_grad = tl.load(grad_rows + ahead, mask=row_valid[:, None] & (ahead < WIDTH), other=0.0)
+                    next_grad = load_tile(grad_rows + ahead, ahead < WIDTH, False)
             grad_normed = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)  # dn
             for index in range(groups_here):
                 group = first_group + index
@@ -297,11 +298,7 @@ def sparse_adapter_bwd_input_kernel(
                     out_rows = group.to(tl.int64) * rows_per_group + rows
                     if NEED_DIRECT:
                         grad_tile = grad_out_ptr + out_rows[:, None] * WIDTH + columns[None, :]
-                        grad = tl.load(grad_tile, mask=tile_valid, other=0.0).to(tl.float32)
-                        direct += grad
-                        if grad_sums_ptr is not None:
-                            sums_tile = grad_sums_ptr + (group * blocks + block).to(tl.int64) * WIDTH + columns
-                            tl.store(sums_tile, tl.sum(grad, axis=0), mask=column_valid)
+                        direct += load_tile(grad_tile, column_valid[None, :], EVEN_COLUMNS).to(tl.float32)
                     grad_pre_rows = grad_pre_ptr + out_rows[:, None] * BOTTLENECK + ranks[None, :]
                     grad_pre_tile = tl.load(grad_pre_rows, mask=rank_valid[None, :], other=0.0)
                 if grad_x_ptr is not None:
@@ -309,9 +306,6 @@ def sparse_adapter_bwd_input_kernel(
                     down_tile = prepared_down_ptr + down_slot * (BLOCK_BOTTLENECK * PADDED_WIDTH)
                     weight = tl.load(down_tile + ranks[:, None] * PADDED_WIDTH + columns[None, :])
                     grad_normed = tl.dot(grad_pre_tile, weight, grad_normed, input_precision=PRECISION)
-            if grad_sums_ptr is not None and not FORK:
-                sums_tile = grad_sums_ptr + (first_group * blocks + block).to(tl.int64) * WIDTH + columns
-                tl.store(sums_tile, tl.sum(direct.to(tl.float32), axis=0), mask=column_valid)
             if grad_skip_ptr is not None:
                 tl.store(grad_skip_ptr + tile, direct.to(grad_skip_ptr.dtype.element_ty), mask=tile_valid)
             if grad_x_ptr is not None:

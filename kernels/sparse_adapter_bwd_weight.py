@@ -9,8 +9,9 @@ With h, t and y from sparse_adapter_bwd_input.py, x^ = (x - mean) rstd (x itself
     db_up[u] = scale * sum y,   db_down[d] = sum t          [D], [r]
 
 so the norm's gradients too come from Q, and x and y are read once. [owned] is 1 where the expert owns the weight (1 / E
-everywhere for merged), 0 elsewhere: the zeros are written by the kernel. sum y and sum t come from the kernel towards
-the input, as sums over its blocks of rows.
+everywhere for merged), 0 elsewhere: the zeros are written by the kernel. sum y is y^T 1, a product as that with h: a y
+that was read into registers, too, would have its place in the pipeline refilled too soon. sum t comes from the kernel
+towards the input, as sums over its blocks of rows.
 
 x in bfloat16, in which the products are, is multiplied as it lies in memory, so that no load passes through registers
 and all are asynchronous copies: with t' = rstd t and c = sum of t' mean over the rows, both from the kernel towards the
@@ -30,10 +31,10 @@ so memory does not grow with V. Stage 2 sums the slices in a fixed order (reduct
 equal bits.
 
 Bytes, for M rows, s bytes an element, S slices: read y: M D s, x: M D s, h and t: 2 M r s (again from the L2 cache by
-every column block), sums over blocks of B rows: 4 (D + 2 r) M / B; write and read `partial`:
+every column block), sums over blocks of B rows: 8 r M / B; write and read `partial`:
 2 * S * (2 D r + 2 D + E (D + r)) * 4. S is chosen so that one wave of programs fills the chip: S * D / BLOCK_COLUMNS
 programs, that is about 16 * multiprocessors * BLOCK_COLUMNS * r bytes of partial sums however many tokens there are
-(17 MB written and read on 132 multiprocessors at r = 64, BLOCK_COLUMNS = 128).
+(9 MB written and read on 132 multiprocessors at r = 64, BLOCK_COLUMNS = 64).
 """
 
 from __future__ import annotations
@@ -44,19 +45,20 @@ import triton.language as tl
 from mosa_fast.kernels.device_functions import load_tile, mask_if, ownership, weight_tile
 from mosa_fast.kernels.reductions import sum_rows
 
+FEWEST_COLUMNS = tl.constexpr(16)  # of a product
 BLOCKS_AT_ONCE = tl.constexpr(16)  # of sums over blocks of rows
 
 
 @triton.jit
 def _add_bias(
-    bias_pointers, sums, valid, later, expert_ptr, stride,
+    bias_pointers, sums, valid, later, group_expert, stride,
     EXPERTS: tl.constexpr, SPLIT: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """Add what each expert owns of a bias's gradient to its row of a slice, stored first and added to later."""
     for expert in range(EXPERTS):
         owned = sums
         if SPLIT:
-            owned = sums * ownership(tl.full((1,), expert, tl.int32), tl.load(expert_ptr), 1.0 / EXPERTS)
+            owned = sums * ownership(tl.full((1,), expert, tl.int32), group_expert, 1.0 / EXPERTS)
         if ACCUMULATE:
             owned += tl.load(bias_pointers, mask=mask_if(valid, later), other=0.0)
         tl.store(bias_pointers, owned, mask=valid)
@@ -78,7 +80,6 @@ def sparse_adapter_bwd_weight_kernel(
     up_owner_ptr,
     experts_ptr,
     scale_tensor_ptr,
-    grad_sums_ptr,
     rank_sums_ptr,
     partial_ptr,
     rows_per_group,
@@ -106,8 +107,8 @@ def sparse_adapter_bwd_weight_kernel(
     """One program: one slice and BLOCK_COLUMNS columns, BLOCK_ROWS tokens at a time.
 
     Segment i is piece i % pieces, of piece_rows rows, of group i // pieces. ACCUMULATE: a slice may have several.
-    grad_sums, rank_sums: float32 `[B, D]` and `[B, 2, r]`, sums over each block of SUMMED_ROWS rows of a group (a piece
-    is a whole number of them): of y; of t and of t' mean. RAW_INPUT: grad_pre is t', and x is multiplied as it is.
+    rank_sums: float32 `[B, 2, r]`, sums over each block of SUMMED_ROWS rows of a group (a piece is a whole number of
+    them), of t and of t' mean. RAW_INPUT: grad_pre is t', and x is multiplied as it is.
     partial: float32 `[S, 2 D r + 2 D + E (D + r)]`: dU, dW, with a norm dg and db, then db_up and db_down.
     """
     COLUMN_BLOCKS: tl.constexpr = triton.cdiv(WIDTH, BLOCK_COLUMNS)
@@ -147,16 +148,21 @@ def sparse_adapter_bwd_weight_kernel(
         out_start = group.to(tl.int64) * rows_per_group
         in_start = out_start * 0 if FORK else out_start
 
+        down_expert = tl.load(experts_ptr + 2 * group)
+        up_expert = tl.load(experts_ptr + 2 * group + 1)
+
         up = tl.zeros([BLOCK_COLUMNS, BLOCK_BOTTLENECK], tl.float32)  # y^T h
         down = tl.zeros([BLOCK_COLUMNS, BLOCK_BOTTLENECK], tl.float32)  # Q^T
+        sums = tl.zeros([BLOCK_COLUMNS, FEWEST_COLUMNS], tl.float32)  # y^T 1 in every column
+        ones = tl.full([BLOCK_ROWS, FEWEST_COLUMNS], 1.0, PRODUCT)
         for block_row in range(start_row, end_row, BLOCK_ROWS):
             rows = block_row + tl.arange(0, BLOCK_ROWS)
             row_valid = rows < end_row
-            # Rows past the end are zero in h and t; of y and x they repeat a row that is there, for those to cancel.
+            # Rows past the end are zero in y, h and t; of x they repeat the last row, for t to cancel.
             inside = tl.minimum(rows, end_row - 1)
             in_rows = in_start + inside
             grad_tile = grad_out_ptr + (out_start + inside)[:, None] * WIDTH + columns[None, :]
-            grad = load_tile(grad_tile, column_valid[None, :], EVEN_COLUMNS)
+            grad = tl.load(grad_tile, mask=row_valid[:, None] & column_valid[None, :], other=0.0)
             x_tile = x_ptr + in_rows[:, None] * WIDTH + columns[None, :]
             x = load_tile(x_tile, column_valid[None, :], EVEN_COLUMNS)
             if norm_weight_ptr is not None and not RAW_INPUT:
@@ -167,12 +173,14 @@ def sparse_adapter_bwd_weight_kernel(
             rank_tile_valid = row_valid[:, None] & rank_valid[None, :]
             hidden = tl.load(hidden_ptr + rank_tile, mask=rank_tile_valid, other=0.0)
             grad_pre = tl.load(grad_pre_ptr + rank_tile, mask=rank_tile_valid, other=0.0)
-            up = tl.dot(tl.trans(grad.to(PRODUCT)), hidden, up, input_precision=PRECISION)
+            grad = tl.trans(grad.to(PRODUCT))
+            up = tl.dot(grad, hidden, up, input_precision=PRECISION)
+            sums = tl.dot(grad, ones, sums, input_precision=PRECISION)
             down = tl.dot(tl.trans(x.to(PRODUCT)), grad_pre, down, input_precision=PRECISION)
 
         first_block = group * blocks_per_group + start_row // SUMMED_ROWS
         last_block = group * blocks_per_group + tl.cdiv(end_row, SUMMED_ROWS)
-        grad_sums = sum_rows(grad_sums_ptr, first_block, last_block, columns, column_valid, WIDTH, BLOCKS_AT_ONCE)
+        grad_sums = tl.sum(tl.where(tl.arange(0, FEWEST_COLUMNS)[None, :] == 0, sums, 0.0), axis=1)
         grad_bias = sum_rows(
             rank_sums_ptr, first_block, last_block, ranks, rank_valid, 2 * BOTTLENECK, BLOCKS_AT_ONCE
         )  # sum t
@@ -183,16 +191,16 @@ def sparse_adapter_bwd_weight_kernel(
             tl.debug_barrier()  # what another thread stored for the segment before is read below
         _add_bias(
             up_bias_partial + columns, grad_sums * scale, column_valid, later,
-            experts_ptr + 2 * group + 1, WIDTH, UP_EXPERTS, UP_SPLIT, ACCUMULATE,
+            up_expert, WIDTH, UP_EXPERTS, UP_SPLIT, ACCUMULATE,
         )  # fmt: skip
         _add_bias(
             down_bias_partial + ranks, grad_bias, mask_if(rank_valid, column_block == 0), later,
-            experts_ptr + 2 * group, BOTTLENECK, DOWN_EXPERTS, DOWN_SPLIT, ACCUMULATE,
+            down_expert, BOTTLENECK, DOWN_EXPERTS, DOWN_SPLIT, ACCUMULATE,
         )  # fmt: skip
         up *= scale
         if up_owner_ptr is not None:
             owner = load_tile(up_owner_ptr + up_offsets, up_valid, EVEN_WEIGHTS)
-            up *= ownership(owner, tl.load(experts_ptr + 2 * group + 1), 1.0 / UP_EXPERTS)
+            up *= ownership(owner, up_expert, 1.0 / UP_EXPERTS)
         if ACCUMULATE:
             up += tl.load(up_partial + up_offsets, mask=mask_if(up_valid, later), other=0.0)
         tl.store(up_partial + up_offsets, up, mask=up_valid)
@@ -203,7 +211,6 @@ def sparse_adapter_bwd_weight_kernel(
                 rank_sums_ptr + BOTTLENECK, first_block, last_block, ranks, rank_valid, 2 * BOTTLENECK, BLOCKS_AT_ONCE
             )
             product -= mean_sums[:, None]
-        down_expert = tl.load(experts_ptr + 2 * group)
         if norm_weight_ptr is not None:
             norm_weight = tl.load(norm_weight_ptr + columns, mask=column_valid, other=0.0).to(tl.float32)
             norm_bias = tl.load(norm_bias_ptr + columns, mask=column_valid, other=0.0).to(tl.float32)

@@ -16,7 +16,7 @@ measure in which they exceed it.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from itertools import combinations
+from itertools import combinations, product
 from math import ceil
 from typing import Any
 
@@ -107,7 +107,7 @@ def estimate(launch: Launch, compiled: Compiled, moved: Traffic, chip: Chip) -> 
         left -= programs
         here, part = ceil(programs / chip.multiprocessors), programs / launch.programs
         whole = max(warp, throughput(instructions, here))
-        streaming = max(warp - exposed, throughput(instructions - outside, here))
+        streaming = max(warp - exposed, throughput(instructions - alone.exposed_instructions, here))
         total += max(whole, max(part * l2, part * dram, streaming) + exposed / here)
         issue += whole
     waves = ceil(launch.programs / at_once)
@@ -156,7 +156,7 @@ def programs_at_once(compiled: Compiled, warps: int, chip: Chip) -> int:
 def find_trips(code: Code, moved: Traffic, warps: int, name: str) -> tuple[int, ...]:
     """How often each loop of the machine code runs: those that were declared, but for some that were unrolled.
 
-    The multiply-adds must then add up to those declared, or to a multiple, where warps repeat each other's.
+    The multiply-adds must then add up to those declared, or to multiples, where warps repeat each other's.
 
     Raises:
         ValueError: the machine code has other loops.
@@ -165,12 +165,13 @@ def find_trips(code: Code, moved: Traffic, warps: int, name: str) -> tuple[int, 
         return tuple(1 for _ in code.loops)
     declared = _flat(moved.loops)
     depths = [code.depth(loop) for loop in code.loops]
+    repeated = [[n * once for n in (1, 2, 4, 8, 16)] for once in moved.products]
     for chosen in combinations(declared, len(depths)):
         if [depth for depth, _ in chosen] != depths:
             continue
         trips = tuple(count for _, count in chosen)
         counted = code.by_pipe(trips)["multiplications"] * warps
-        if not moved.products or (counted and counted % moved.products == 0):
+        if not moved.products or counted in (sum(each) for each in product(*repeated)):
             return trips
     raise ValueError(f"{name} has loops at depths {depths}, which are not those declared, (depth, trips): {declared}")
 

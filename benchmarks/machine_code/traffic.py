@@ -10,9 +10,9 @@ A function takes a call and one of its launches and says, in bytes and for the w
     planned     read and written by a kernel that is as good as the design wants it
 
 and, for one program: `loops`, the trip counts of its loops, in the order of the source, each with those inside it;
-`products`, its tensor-core multiply-adds; `through_registers`, whether what is streamed is loaded to registers in the
-iteration that uses it (else loads to registers come from the L2 cache); and `waits`, how often a kernel waits for DRAM
-whose loops are not declared, since the compiler unrolls them.
+`products`, the tensor-core multiply-adds of each; `through_registers`, whether what is streamed is loaded to registers
+in the iteration that uses it (else loads to registers come from the L2 cache); and `waits`, how often a kernel waits
+for DRAM whose loops are not declared, since the compiler unrolls them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from math import ceil
 from torch import Tensor
 
 from benchmarks.machine_code.ahead_of_time import Launch
-from mosa_fast.kernels.sparse_adapter_bwd_weight import BLOCKS_AT_ONCE
+from mosa_fast.kernels.sparse_adapter_bwd_weight import BLOCKS_AT_ONCE, FEWEST_COLUMNS
 from mosa_fast.ops.call import SparseAdapterCall
 from mosa_fast.ops.slots import padded_rank, padded_width
 
@@ -44,7 +44,7 @@ class Traffic:
     shared: int = 0
     planned: int = 0
     loops: Loops = ()
-    products: int = 0
+    products: tuple[int, ...] = ()
     through_registers: bool = False
     waits: int = 0
 
@@ -76,18 +76,18 @@ def forward(c: SparseAdapterCall, launch: Launch) -> Traffic:
         written=out + saved,
         planned=x + skip + out,
         loops=((steps, ()), (steps, ())),
-        products=2 * rows * c.width * rank,
+        products=(rows * c.width * rank,) * 2,
     )
 
 
 def backward_input(c: SparseAdapterCall, launch: Launch) -> Traffic:
-    """Y for h's gradient, y and x for x's; written besides: h and t, sums, and the skip's gradient if it is not y."""
+    """Y for h's gradient, y and x for x's; written besides: h and t, t's sums, the skip's gradient if it is not y."""
     rows, columns = launch.tile.rows, launch.tile.columns
     rank, steps, groups = launch.arguments["BLOCK_BOTTLENECK"], ceil(c.width / columns), c.groups if c.fork else 1
     grad, x = c.out_rows * c.width * c.out_dtype.itemsize, _bytes(c.x)
     skip = launch.arguments["grad_skip_ptr"]
     grad_skip = 0 if skip is None else _bytes(skip)
-    sums = _bytes(launch.arguments["grad_sums_ptr"]) + _bytes(launch.arguments["rank_sums_ptr"])
+    sums = _bytes(launch.arguments["rank_sums_ptr"])
     return Traffic(
         streamed=grad + x + _ranks(c) + 2 * FLOAT * c.in_rows,
         again=grad + (_ranks(c) if c.fork else 0),
@@ -96,12 +96,12 @@ def backward_input(c: SparseAdapterCall, launch: Launch) -> Traffic:
         written=x + grad_skip + 2 * _ranks(c) + sums,
         planned=grad + 2 * x + grad_skip,
         loops=((groups, ((steps, ()),)), (steps, ((groups, ()),))) if c.fork else ((steps, ()), (steps, ())),
-        products=2 * rows * c.width * rank * groups,
+        products=(rows * c.width * rank * groups,) * 2,
     )
 
 
 def backward_weight(c: SparseAdapterCall, launch: Launch) -> Traffic:
-    """Y and x once, h and t for every block of columns; sums over blocks of rows; the partial sums."""
+    """Y and x once, h and t for every block of columns; t's sums over blocks of rows; the partial sums."""
     a, rows, columns = launch.arguments, launch.tile.rows, launch.tile.columns
     rank, blocks, segments = a["BLOCK_BOTTLENECK"], ceil(c.width / columns), a["segments_per_slice"]
     steps = ceil(min(a["piece_rows"], c.rows_per_group) / rows)
@@ -109,15 +109,15 @@ def backward_weight(c: SparseAdapterCall, launch: Launch) -> Traffic:
     grad, x = _bytes(a["grad_out_ptr"]), _bytes(c.x)
     ranks = 2 * _ranks(c) + (0 if a["RAW_INPUT"] else 2 * FLOAT * c.in_rows)
     rank_sums = _bytes(a["rank_sums_ptr"])
-    loops = ((steps, ()), *[(summed, ())] * (3 if a["RAW_INPUT"] else 2))
+    loops = ((steps, ()), *[(summed, ())] * (2 if a["RAW_INPUT"] else 1))
     return Traffic(
-        streamed=grad + x + ranks + _bytes(a["grad_sums_ptr"]) + rank_sums,
+        streamed=grad + x + ranks + rank_sums,
         again=(blocks - 1) * (ranks + rank_sums),
         shared=(_down(c) + _owners(c)) // blocks * segments,
         written=_bytes(a["partial_ptr"]),
         planned=grad + x,
         loops=((segments, loops),) if a["ACCUMULATE"] else loops,
-        products=2 * rows * columns * rank * steps * segments,
+        products=tuple(rows * columns * n * steps * segments for n in (rank, rank, FEWEST_COLUMNS.value)),
     )
 
 

@@ -46,7 +46,6 @@ def backward(call: SparseAdapterCall, grad_out: Tensor, saved: Sequence[Tensor],
         "grad_out_ptr": grad_out,
         "stats_ptr": stats,
         "pre_ptr": pre,
-        "grad_sums_ptr": None,
         "rank_sums_ptr": None,
         "RAW_INPUT": c.norm_weight is not None and c.x.dtype == c.product_dtype and c.x.dtype in RAW_DTYPES,
         "hidden_ptr": launching.empty((c.out_rows, c.bottleneck), c.product_dtype, device),
@@ -58,7 +57,6 @@ def backward(call: SparseAdapterCall, grad_out: Tensor, saved: Sequence[Tensor],
     programs = row_blocks * (1 if c.fork else c.groups)
     scaled, weights_wanted = "scale_tensor" in gradients, "up_weight" in gradients
     if weights_wanted:
-        arguments["grad_sums_ptr"] = launching.empty((row_blocks * c.groups, c.width), torch.float32, device)
         arguments["rank_sums_ptr"] = launching.empty((row_blocks * c.groups, 2, c.bottleneck), torch.float32, device)
     arguments["scale_partial_ptr"] = launching.empty((programs,), torch.float32, device) if scaled else None
     triton_launching.launch(sparse_adapter_bwd_input_kernel, (programs,), input_tile, arguments)

@@ -63,19 +63,20 @@ TILES: dict[tuple[str, str], dict[tuple[int, int], Tile]] = {
         (4, 128): Tile(16, 32, 8, 2),
         (4, 256): Tile(16, 16, 8, 2),
     },
-    ("forward", "sparse_adapter plain"): {(2, 64): Tile(64, 32, 8, 3)},
-    ("backward_input", "sparse_adapter plain"): {(2, 64): Tile(64, 64, 8, 2)},
-    ("backward_input", "sparse_adapter sm_80"): {(2, 64): Tile(64, 32, 4, 3)},  # fewer warps, which repeat less work
+    ("forward", "sparse_adapter plain"): {size: Tile(64, 32, 8, 3) for size in ((2, 64), (2, 128), (2, 256))},
+    ("backward_input", "sparse_adapter plain"): {(2, 64): Tile(64, 64, 8, 3)},
+    ("backward_weight", "sparse_adapter plain"): {(2, 64): Tile(64, 64, 8, 3)},
     # No norm and no activation: few registers, so that three small programs take turns on a multiprocessor.
     ("forward", "sparse_lora plain"): {(2, 64): Tile(64, 64, 4, 3)},
     ("backward_weight", "sm_80"): {(2, 64): Tile(32, 64, 8, 3)},  # mma.sync takes more registers than wgmma
-    ("backward_weight", "sparse_adapter sm_80"): {(2, 64): Tile(64, 32, 4, 3)},  # fewer warps, which repeat less work
+    ("backward_weight", "sparse_adapter sm_80"): {(2, 64): Tile(64, 64, 8, 3)},
     # x is wider than the products: timm's residual stream under autocast. A line of 128 bytes is 32 columns.
     ("forward", "autocast"): {(2, 64): Tile(128, 32, 8, 3)},
     ("backward_input", "autocast"): {(2, 64): Tile(128, 32, 8, 3)},
-    # The rows in flight are to fit into the L2 cache, which these come nearer to.
+    # The rows in flight are to fit into the L2 cache: towards x they do.
     ("forward", "sparse_adapter autocast"): {(2, 64): Tile(64, 64, 8, 2)},
-    ("backward_input", "sparse_adapter autocast"): {(2, 64): Tile(64, 32, 8, 2)},
+    ("backward_input", "sparse_adapter autocast"): {(2, 64): Tile(32, 64, 8, 3)},
+    ("backward_weight", "sparse_adapter autocast"): {(2, 64): Tile(64, 64, 8, 3)},
     ("backward_weight", "autocast"): {
         (2, 64): Tile(32, 64, 8, 3),
         (2, 128): Tile(16, 64, 8, 3),
@@ -89,7 +90,7 @@ TILES: dict[tuple[str, str], dict[tuple[int, int], Tile]] = {
         (2, 256): Tile(32, 16, 8, 2),
     },
     ("backward_input", "sparse_adapter fork"): {
-        (2, 64): Tile(32, 64, 4, 3),
+        (2, 64): Tile(64, 64, 8, 3),
         (2, 256): Tile(16, 32, 8, 2),
         (4, 128): Tile(16, 16, 16, 2),
     },

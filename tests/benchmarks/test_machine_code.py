@@ -67,11 +67,13 @@ class TestMachineCode:
 
     @pytest.mark.parametrize(("loops", "trips"), [(((2, ((5, ()),)),), (2, 5)), (((2, ((5, ()),)), (3, ())), (2, 5))])
     def test_trips_are_those_declared_but_for_loops_that_were_unrolled(self, loops, trips):
-        moved = Traffic(0, 0, loops=loops, products=10 * 16 * 8 * 16 * 4)
+        once = 16 * 8 * 16 * 4  # of one instruction by four warps
+        moved = Traffic(0, 0, loops=loops, products=(6 * once, once))  # of the ten, four are the second, repeated
         assert find_trips(Code.parse(LOOPS), moved, 4, "kernel") == trips
 
     @pytest.mark.parametrize(
-        ("loops", "products"), [(((2, ()),), 1), (((2, ((5, ()),)),), 7), (((2, ()), (5, ())), 10 * 16 * 8 * 16 * 4)]
+        ("loops", "products"),
+        [(((2, ()),), (1,)), (((2, ((5, ()),)),), (7,)), (((2, ()), (5, ())), (10 * 16 * 8 * 16 * 4,))],
     )
     def test_other_loops_than_those_declared_are_an_error(self, loops, products):
         with pytest.raises(ValueError, match="kernel has loops"):
@@ -90,6 +92,26 @@ class TestSchedule:
         code = Code.parse(sass("FADD R1, R1, R2", "FADD R1, R1, R2", "@P0 BRA 0x10", "@P1 BRA 0x0", "EXIT"))
         found = duration(code, (3, 10), issue=2.0, load=0.0, copy=0.0)
         assert (found.cycles, found.exposed) == (3 * (2 + 10 * 4 + 2) + 2, 3 * (2 + 2) + 2)
+
+    def test_of_nested_loops_the_longest_one_streams(self):
+        code = Code.parse(sass("FADD R1, R1, R2", "FADD R1, R1, R2", "@P0 BRA 0x10", "@P1 BRA 0x0", "EXIT"))
+        found = duration(code, (10, 3), issue=2.0, load=0.0, copy=0.0)
+        assert (found.exposed, found.exposed_instructions) == (2, 1)  # the exit
+
+    def test_a_loop_that_was_unrolled_streams(self):
+        copy = ["LDGSTS.E.128 [R1], [R2]", "LDGDEPBAR"]
+        work = ["DEPBAR.LE SB0, 0x1", *["FADD R6, R6, R7"] * 300]
+        code = Code.parse(sass(*copy, *copy, *work, *copy, *work, "DEPBAR.LE SB0, 0x0", "EXIT"))
+        found = duration(code, (), issue=2.0, load=0.0, copy=500.0)
+        # what comes before the first copies are there, and after the last ones
+        assert found.exposed == (3 * 2 + 500 - 2 * 2 + 2) - 2 + 2
+        assert found.exposed_instructions == 4 + 1 + 1
+
+    def test_what_a_loop_would_copy_for_iterations_that_do_not_come_is_not_waited_for(self):
+        body = ["DEPBAR.LE SB0, 0x0", "FADD R6, R6, R7", "LDGSTS.E.128 [R1], [R2]", "LDGDEPBAR", "@P0 BRA 0x0"]
+        code = Code.parse(sass(*body, "DEPBAR.LE SB0, 0x0", "EXIT"))
+        found = duration(code, (3,), issue=2.0, load=0.0, copy=500.0)
+        assert found.cycles == 3 * 5 * 2 + 2 * (500 - 3 * 2) + 2 * 2
 
     def test_a_load_that_is_used_an_iteration_later_is_hidden(self):
         code = Code.parse(sass("FADD R5, R4, R5", "LDG.E R4, [R2]", *["FADD R6, R6, R7"] * 300, "@P0 BRA 0x0", "EXIT"))

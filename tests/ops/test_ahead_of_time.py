@@ -162,13 +162,25 @@ def test_a_backward_is_three_launches():
 
 @pytest.mark.parametrize("name", ["plain-bfloat16-r64", "fork-bfloat16-r64"])
 def test_rows_of_16_bits_are_multiplied_as_they_lie_in_memory(compiled, name):
-    """Towards the weights nothing is loaded into registers to be stored to shared memory for a product."""
+    """Towards the weights nothing is loaded into registers to be stored to shared memory for a product.
+
+    Nor is a product's operand read from there by anything else: Triton then gives it a stage less, and refills the one
+    that this iteration's product still reads.
+    """
     weight = next(k for k in results(compiled, name, "sm_90") if k.name == "sparse_adapter_bwd_weight_kernel")
     code = Code.parse(weight.sass)
-    loops = [{i.mnemonic for i in code.instructions if loop.holds(i.address)} for loop in code.loops]
-    (products,) = (mnemonics for mnemonics in loops if "HGMMA" in mnemonics)
-    assert "LDGSTS" in products
-    assert not {"LDG", "STS"} & products
+    loops = [[i for i in code.instructions if loop.holds(i.address)] for loop in code.loops]
+    (products,) = (loop for loop in loops if any(i.mnemonic == "HGMMA" for i in loop))
+    loads = {i.mnemonic for i in products if not i.operands.startswith("RZ")}  # those to nowhere are fences
+    assert "LDGSTS" in loads
+    assert not {"LDG", "STS", "LDS", "LDSM"} & loads
+
+
+def test_a_trained_scale_leaves_a_product_its_operand(compiled):
+    """Each stage has room for y and for the weights, which it has not if y is read into registers as well."""
+    kernel = results(compiled, "plain-bfloat16-r64", "sm_90")[1]
+    assert kernel.name == "sparse_adapter_bwd_input_kernel"
+    assert kernel.shared >= kernel.tile.stages * 2 * kernel.tile.columns * (kernel.tile.rows + 64)
 
 
 def test_every_row_of_the_table_is_checked():
