@@ -64,7 +64,7 @@ def sparse_adapter(call: SparseAdapterCall) -> Tensor:
         up_weight, up_bias = c.up_weight, c.up_bias
         if c.scale_tensor is None and c.product_dtype == sum_dtype:
             # In the weights, which are the least. Not where that would round them, nor a scale that wants a gradient.
-            up_weight, up_bias, scale = up_weight * c.scale, up_bias * c.scale, None
+            up_weight, up_bias, scale = up_weight.to(sum_dtype) * c.scale, up_bias.to(sum_dtype) * c.scale, None
         up = expert_weight(up_weight, None, c.up_owner, c.experts[:, 1], up_bias.shape[0])
         bias = expert_bias(up_bias, c.up_owner, c.experts[:, 1])
         out = affine(hidden.to(c.product_dtype), up.to(c.product_dtype), bias.to(sum_dtype))
