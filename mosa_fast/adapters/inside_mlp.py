@@ -18,8 +18,9 @@ from mosa_fast.ops import get_backend
 
 # Where the products of the MLP have been measured to be faster than the branch (docs/design.md).
 FASTER_ON = ("cpu",)
-# ... and how many values (views x images x tokens x width) it must be: for fewer, as of two views of one image of 224
-# pixels at width 384, it costs more to call the many small operations than the memory saves that they do not touch.
+# ... and how many values (views x images x tokens x width) a block's input must have: for fewer, as of two views of one
+# image of 224 pixels at width 384, it costs more to call the many small operations than the memory saves that they do
+# not touch.
 FASTER_FROM = 2**18
 # What may stand between the products, since what it computes is known; a subclass may compute something else.
 KNOWN = (nn.Identity, nn.Dropout, DropPath, LayerScale)
@@ -30,7 +31,7 @@ def why_branch(block: Any, values: int | None = None) -> str | None:
 
     Args:
         block: an AdaptedBlock.
-        values: how many its adapter is given, of all views. None: enough.
+        values: of its input (`FASTER_FROM`). None: enough.
     """
     if block.form == "branch":
         return "its configuration says so"

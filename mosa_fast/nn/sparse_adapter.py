@@ -170,7 +170,8 @@ class SparseAdapter(MixtureLayer):
             fork: let each of the V groups read all of x.
             add_input: add x to the result.
             prepared: what a model prepared of these weights for these experts, with those of its other layers
-                (`mosa_fast.ops.prepare_weights`); used where it is of the products' dtype.
+                (`mosa_fast.ops.prepare_weights`); used where it is of the products' dtype and for the backend that
+                serves.
         """
         if prepared is not None and prepared.down.dtype != product_dtype(x):
             prepared = None

@@ -231,8 +231,8 @@ def _down_gradients(
     norm_weight, norm_bias = adapter_norm(c)
     if "norm_weight" in gradients:
         down = expert_down(c, owned)
-        torch.sum(folded * down, (0, 1), out=gradients["norm_weight"])
-        torch.mv(down.view(-1, c.width).T, bias.view(-1), out=gradients["norm_bias"])
+        gradients["norm_weight"].copy_((folded * down).sum((0, 1)))
+        gradients["norm_bias"].copy_(torch.mv(down.view(-1, c.width).T, bias.view(-1)))
     weight = folded.mul_(norm_weight).addcmul_(bias.unsqueeze(2), norm_bias)
     weight, bias = owned_sum(weight, bias, c.down_owner, owned)
     gradients["down_weight"].copy_(weight)

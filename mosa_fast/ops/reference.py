@@ -60,11 +60,11 @@ def sparse_adapter(call: SparseAdapterCall) -> Tensor:
             keep = dropout_keep(c.seed, c.dropout, c.groups, samples, c.tokens, c.bottleneck)
             hidden = hidden * keep.flatten(1, 2).to(sum_dtype).mul_(c.dropout_scale)
 
-        scale: float | Tensor | None = c.scale if c.scale_tensor is None else c.scale_tensor
+        scale: float | Tensor | None = c.scale if c.scale_tensor is None else c.scale_tensor.view(())
         up_weight, up_bias = c.up_weight, c.up_bias
         if c.scale_tensor is None and c.product_dtype == sum_dtype:
             # In the weights, which are the least. Not where that would round them, nor a scale that wants a gradient.
-            up_weight, up_bias, scale = up_weight * c.scale, up_bias * c.scale, None
+            up_weight, up_bias, scale = up_weight.to(sum_dtype) * c.scale, up_bias.to(sum_dtype) * c.scale, None
         up = expert_weight(up_weight, None, c.up_owner, c.experts[:, 1], up_bias.shape[0])
         bias = expert_bias(up_bias, c.up_owner, c.experts[:, 1])
         out = affine(hidden.to(c.product_dtype), up.to(c.product_dtype), bias.to(sum_dtype))
@@ -99,7 +99,7 @@ def sparse_lora(call: SparseLoRACall) -> Tensor:
             up = expert_weight(c.up_weight[rows], None, owner, up_ids[target], c.num_experts)
             ranks = hidden[..., target * c.rank : (target + 1) * c.rank]
             update = project(ranks, up.to(c.product_dtype)).to(sum_dtype)
-            update = update * (c.scale if c.scale_tensor is None else c.scale_tensor)
+            update = update * (c.scale if c.scale_tensor is None else c.scale_tensor.view(()))
             parts += [passed[..., end:start], (passed[..., start:stop] + update).to(y.dtype)]
             first_row, end = rows.stop, stop
         parts.append(passed[..., end:])

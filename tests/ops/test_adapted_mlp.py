@@ -117,6 +117,21 @@ def test_other_dtypes_and_autocast(dtype, autocast, limit, fork):
     assert_same(outcome(inside, *arguments, **options), outcome(branch, *arguments, **options), limit)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "stored", "limit"),
+    [
+        (torch.bfloat16, torch.bfloat16, 2e-2),
+        (torch.float32, torch.float16, 2e-3),
+        (torch.float64, torch.float32, 1e-6),
+    ],
+)
+def test_weights_of_another_dtype_than_sums(dtype, stored, limit):
+    adapter = adapter_of(stored, share="none")
+    arguments = (adapter, frozen(dtype, True), stream(dtype), torch.tensor([[0, 1], [2, 0]], dtype=torch.int32))
+    options = {"seed": 5, "fork": False}
+    assert_same(outcome(inside, *arguments, **options), outcome(branch, *arguments, **options), limit)
+
+
 def assert_accurate_far_from_zero(limit):
     """In float32, for an x with a mean of 30 standard deviations."""
     adapter = adapter_of(torch.float32)

@@ -68,6 +68,23 @@ def test_forward_equals_the_formulas(changes):
     torch.testing.assert_close(sparse_adapter(**a), by_hand(a), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "stored", "limit"), [(torch.float64, torch.float32, 1e-12), (torch.float32, torch.bfloat16, 1e-5)]
+)
+def test_a_scale_is_not_rounded_as_weights_are_stored(dtype, stored, limit):
+    a = arguments(stored, x=torch.randn(N, T, D, dtype=dtype), skip=None, down_init=None, add_input=False)
+    exact = {
+        name: value.double() if getattr(value, "is_floating_point", bool)() else value for name, value in a.items()
+    }
+    torch.testing.assert_close(sparse_adapter(**a).double(), sparse_adapter(**exact), rtol=limit, atol=limit)
+
+
+def test_a_trained_scale_may_have_any_number_of_dimensions():
+    a = arguments(experts=torch.tensor([[0, 1], [2, 0]], dtype=torch.int32))
+    scale = torch.full((1, 1, 1, 1), a["scale"], dtype=torch.float64)
+    torch.testing.assert_close(sparse_adapter(**a | {"scale": scale}), sparse_adapter(**a), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(("name", "function"), [("relu", F.relu), ("silu", F.silu)])
 def test_activations(name, function):
     a = arguments()
