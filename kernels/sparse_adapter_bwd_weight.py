@@ -9,9 +9,9 @@ With h, t and y from sparse_adapter_bwd_input.py, x^ = (x - mean) rstd (x itself
     db_up[u] = scale * sum y,   db_down[d] = sum t          [D], [r]
 
 so the norm's gradients too come from Q, and x and y are read once. [owned] is 1 where the expert owns the weight (1 / E
-everywhere for merged), 0 elsewhere: the zeros are written by the kernel. sum y is y^T 1, a product as that with h: a y
-that was read into registers, too, would have its place in the pipeline refilled too soon. sum t comes from the kernel
-towards the input, as sums over its blocks of rows.
+everywhere for merged), 0 elsewhere: the zeros are written by the kernel. sum y is y^T 1, a product as that with h, and
+so of a y that is rounded as for it: read into registers besides, y would have its place in the pipeline refilled too
+soon. sum t comes from the kernel towards the input, as sums over its blocks of rows.
 
 x in bfloat16, in which the products are, is multiplied as it lies in memory, so that no load passes through registers
 and all are asynchronous copies: with t' = rstd t and c = sum of t' mean over the rows, both from the kernel towards the
