@@ -114,10 +114,10 @@ def sparse_adapter_bwd_weight_kernel(
     COLUMN_BLOCKS: tl.constexpr = triton.cdiv(WIDTH, BLOCK_COLUMNS)
     EVEN_COLUMNS: tl.constexpr = WIDTH % BLOCK_COLUMNS == 0
     EVEN_WEIGHTS: tl.constexpr = EVEN_COLUMNS and BOTTLENECK == BLOCK_BOTTLENECK
-    # An x that passes through registers has barriers on its way, by which Triton takes all warps to be done with y. A
-    # product of wgmma (64 columns and more) may still run then, and the next y's copies overwrite what it reads. With a
-    # reader of y after those barriers, copies get a barrier of their own. Other products take fewer registers before.
-    SUMS_LAST: tl.constexpr = BLOCK_COLUMNS >= 64
+    # An x that is normalised in registers meets barriers, by which Triton takes all warps to be done with y. A product
+    # of wgmma (64 columns and more) may still run then, and the next y's copies overwrite what it reads. With a reader
+    # of y after those barriers, copies get a barrier of their own. Elsewhere products take fewer registers before.
+    SUMS_LAST: tl.constexpr = norm_weight_ptr is not None and not RAW_INPUT and BLOCK_COLUMNS >= 64
     NORM_WEIGHTS: tl.constexpr = 2 * WIDTH if norm_weight_ptr is not None else 0
     BIASES: tl.constexpr = UP_EXPERTS * WIDTH + DOWN_EXPERTS * BOTTLENECK
     PARTIAL: tl.constexpr = 2 * WIDTH * BOTTLENECK + NORM_WEIGHTS + BIASES
