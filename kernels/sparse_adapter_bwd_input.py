@@ -22,8 +22,9 @@ The skip's gradient is y: autograd hands it on as it is, unless the skip has ano
 half precision beside timm's float32 residual stream), or groups are to be summed. Then it is written here, where y is
 in hand, and the weight gradients read this narrower y if it has the products' dtype.
 
-Bytes, for M rows, s bytes an element, B rows a program: read y: M D s (again from the L2 cache in the second pass),
-x: M D s, p: M r s; write dx: M D s, the skip's gradient where it is wanted, h and t: 2 M r s, sums: 8 r M / B.
+Bytes, for M rows, s bytes an element, B rows a program: read y: M D s (again from the L2 cache in the second pass,
+and once more where the scale is trained), x: M D s, p: M r s; write dx: M D s, the skip's gradient where it is wanted,
+h and t: 2 M r s, sums: 8 r M / B.
 Weights as in the forward, and the same ones: each layer's are kept for its backward.
 """
 

@@ -9,9 +9,9 @@ With h, t and y from sparse_adapter_bwd_input.py, x^ = (x - mean) rstd (x itself
     db_up[u] = scale * sum y,   db_down[d] = sum t          [D], [r]
 
 so the norm's gradients too come from Q, and x and y are read once. [owned] is 1 where the expert owns the weight (1 / E
-everywhere for merged), 0 elsewhere: the zeros are written by the kernel. sum y is y^T 1, a product as that with h: a y
-that was read into registers, too, would have its place in the pipeline refilled too soon. sum t comes from the kernel
-towards the input, as sums over its blocks of rows.
+everywhere for merged), 0 elsewhere: the zeros are written by the kernel. sum y is y^T 1, a product as that with h, and
+so of a y that is rounded as for it: read into registers besides, y would have its place in the pipeline refilled too
+soon. sum t comes from the kernel towards the input, as sums over its blocks of rows.
 
 x in bfloat16, in which the products are, is multiplied as it lies in memory, so that no load passes through registers
 and all are asynchronous copies: with t' = rstd t and c = sum of t' mean over the rows, both from the kernel towards the
@@ -114,6 +114,10 @@ def sparse_adapter_bwd_weight_kernel(
     COLUMN_BLOCKS: tl.constexpr = triton.cdiv(WIDTH, BLOCK_COLUMNS)
     EVEN_COLUMNS: tl.constexpr = WIDTH % BLOCK_COLUMNS == 0
     EVEN_WEIGHTS: tl.constexpr = EVEN_COLUMNS and BOTTLENECK == BLOCK_BOTTLENECK
+    # An x that is normalised in registers meets barriers, by which Triton takes all warps to be done with y. A product
+    # of wgmma (64 columns and more) may still run then, and the next y's copies overwrite what it reads. With a reader
+    # of y after those barriers, copies get a barrier of their own. Elsewhere products take fewer registers before.
+    SUMS_LAST: tl.constexpr = norm_weight_ptr is not None and not RAW_INPUT and BLOCK_COLUMNS >= 64
     NORM_WEIGHTS: tl.constexpr = 2 * WIDTH if norm_weight_ptr is not None else 0
     BIASES: tl.constexpr = UP_EXPERTS * WIDTH + DOWN_EXPERTS * BOTTLENECK
     PARTIAL: tl.constexpr = 2 * WIDTH * BOTTLENECK + NORM_WEIGHTS + BIASES
@@ -175,8 +179,11 @@ def sparse_adapter_bwd_weight_kernel(
             grad_pre = tl.load(grad_pre_ptr + rank_tile, mask=rank_tile_valid, other=0.0)
             grad = tl.trans(grad.to(PRODUCT))
             up = tl.dot(grad, hidden, up, input_precision=PRECISION)
-            sums = tl.dot(grad, ones, sums, input_precision=PRECISION)
+            if not SUMS_LAST:
+                sums = tl.dot(grad, ones, sums, input_precision=PRECISION)
             down = tl.dot(tl.trans(x.to(PRODUCT)), grad_pre, down, input_precision=PRECISION)
+            if SUMS_LAST:
+                sums = tl.dot(grad, ones, sums, input_precision=PRECISION)
 
         first_block = group * blocks_per_group + start_row // SUMMED_ROWS
         last_block = group * blocks_per_group + tl.cdiv(end_row, SUMMED_ROWS)

@@ -74,7 +74,14 @@ class Launch:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a compiler made of a launch. shared: bytes; local, stack: bytes of spills; sass: instructions."""
+    """What a compiler made of a launch.
+
+    Attributes:
+        shared: bytes.
+        local, stack: bytes of spills.
+        sass: instructions.
+        ttgir, ptx: what it was made from: Triton's own form, in which loops are pipelined, and what Triton hands on.
+    """
 
     name: str
     tile: Tile
@@ -83,6 +90,8 @@ class Compiled:
     local: int = 0
     stack: int = 0
     sass: str = ""
+    ttgir: str = ""
+    ptx: str = ""
 
     def count(self, mnemonic: str) -> int:
         """How many instructions of this mnemonic there are."""
@@ -170,10 +179,10 @@ def compile_launch(launch: Launch, architecture: str) -> Compiled:
         target=TARGETS[architecture],
         options=launch.tile.options(),
     )
-    name = launch.name
-    if not architecture.startswith("sm_"):
-        return Compiled(name, launch.tile, compiled.metadata.shared)
-    return Compiled(name, launch.tile, compiled.metadata.shared, **_disassemble(compiled.asm["cubin"]))
+    made = {"name": launch.name, "tile": launch.tile, "shared": compiled.metadata.shared}
+    if architecture.startswith("sm_"):
+        made |= {form: compiled.asm[form] for form in ("ttgir", "ptx")} | _disassemble(compiled.asm["cubin"])
+    return Compiled(**made)
 
 
 def _disassemble(cubin: bytes) -> dict[str, Any]:
