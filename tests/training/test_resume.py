@@ -11,7 +11,7 @@ from PIL import Image
 from tiny_runs import die_at, in_child, result, stopped_by_signal, stub_evaluate, tiny_run, wait_for
 
 from mosa_fast import run_lock
-from mosa_fast.config import DataConfig, LossConfig, OptimConfig
+from mosa_fast.config import DataConfig, LossConfig, MoSAConfig, OptimConfig
 from mosa_fast.run_folder import RunFolder
 from mosa_fast.training.evaluation import Scores, evaluate
 from mosa_fast.training.loop import train
@@ -19,7 +19,9 @@ from mosa_fast.training.position import Position
 from mosa_fast.training.signals import Interrupted, StopAsked
 from mosa_fast.training.step import TrainStep
 
-SETTINGS = {"checkpoint_steps": 1, "loss": LossConfig(deep_reg=True)}
+# Adapters inside the MLPs, as in runs of the usual size: the form auto would find these batches too small for it.
+ADAPTER = MoSAConfig(bottleneck=4, form="mlp")
+SETTINGS = {"checkpoint_steps": 1, "loss": LossConfig(deep_reg=True), "adapter": ADAPTER}
 
 
 @pytest.fixture(scope="module")
