@@ -150,7 +150,7 @@ def saved_memory(run: Callable[[], object]) -> float:
     kept = []  # alive, so that no address comes twice
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
+        if not isinstance(tensor if tensor._base is None else tensor._base, torch.nn.Parameter):  # nor a transposed one
             storage = tensor.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
             kept.append(storage)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks import __main__, cases, contenders, ours, plain, plain_lora, plots, report, results, suite
 from benchmarks.cases import CASES, operator_work
@@ -221,12 +222,17 @@ def test_lora_of_the_peft_library_learns_on_the_same_backbone(case, names):
 def test_saved_counts_every_activation_once():
     x = torch.randn(256, 1024, requires_grad=True)  # 1 MiB
     weight = torch.nn.Parameter(torch.randn(1024))
+    frozen = torch.nn.Parameter(torch.randn(8, 1024), requires_grad=False)
 
     def run():
         y = x.exp()  # keeps y
         ((y * weight) + y * y).sum().backward()  # keep y, which is there, and the parameter, which does not count
 
+    def multiply():
+        F.linear(x, frozen).sum().backward()  # keeps a view of the parameter, transposed
+
     assert saved_memory(run) == 1.0
+    assert saved_memory(multiply) == 0.0
 
 
 def test_work_of_the_operator():
