@@ -98,8 +98,9 @@ def summary(model: nn.Module) -> Summary:
     inside_from = 0
     for path, module in model.named_modules():
         if isinstance(module, AdaptedBlock) and not module.linears:
-            branches[unwrapped_name(path).removeprefix("backbone.")] = why_branch(module)
-            inside_from = FASTER_FROM if module.form == "auto" else 0
+            reason = branches[unwrapped_name(path).removeprefix("backbone.")] = why_branch(module)
+            if reason is None and module.form == "auto":
+                inside_from = FASTER_FROM
         if isinstance(module, MixtureLayer):
             for name, projection in (("down-projections", module.down), ("up-projections", module.up)):
                 add(name, _all(projection), stored=True, merged=projection.merged_parameters)

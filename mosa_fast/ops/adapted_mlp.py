@@ -136,16 +136,13 @@ def results(call: AdaptedMLPCall, save: bool) -> tuple[Tensor, ...]:
 class _AdaptedMLP(Operator):
     """The operator; its gradients, where they are to be differentiated themselves, are those of the formula."""
 
-    def differentiable_backward(self, *arguments: Any) -> list[Tensor]:
-        """The backward where autograd may record it: then, autograd's way through the formula, computed again."""
+    def recorded_backward(self, *arguments: Any) -> list[Tensor]:
+        """The backward as autograd records it: its own way through the formula, computed again."""
         call, _saved, grad_out, needed, _added_dtype, _backend = self._backward_arguments(arguments)
-        given = {name: tensor for name, tensor in call.tensors().items() if tensor is not None}
-        if not torch.is_grad_enabled() or not any(t.requires_grad for t in (*given.values(), grad_out)):
-            return super().differentiable_backward(*arguments)
         # Aliases, so that no gradient comes through a tensor that was made from another one of them.
         own = {}
         for name in self.chosen(needed):
-            tensor = given[name]
+            tensor = getattr(call, name)
             own[name] = tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
         out = _formula(replace(call, **own))
         return list(torch.autograd.grad(out, list(own.values()), grad_out, create_graph=True))

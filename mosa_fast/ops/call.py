@@ -104,6 +104,11 @@ class Call:
         return self.x.shape[-1]
 
     @property
+    def sum_dtype(self) -> torch.dtype:
+        """Dtype of sums and statistics."""
+        return torch.float64 if self.x.dtype == torch.float64 else torch.float32
+
+    @property
     def groups(self) -> int:
         """The number of groups, V."""
         return self.experts.shape[-2]
@@ -251,11 +256,6 @@ class AdaptedMLPCall(MixtureCall, name="adapted_mlp"):
     def hidden(self) -> int:
         """Hidden channels of the MLP, H."""
         return self.fc1_weight.shape[0]
-
-    @property
-    def sum_dtype(self) -> torch.dtype:
-        """Of sums and statistics."""
-        return torch.float64 if self.x.dtype == torch.float64 else torch.float32
 
     @property
     def out_dtype(self) -> torch.dtype:

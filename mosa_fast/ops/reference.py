@@ -42,7 +42,7 @@ MERGED = -1  # the expert id that means: all of them, averaged
 def sparse_adapter(call: SparseAdapterCall) -> Tensor:
     """`mosa_fast.ops.sparse_adapter` on a checked call."""
     c, x = call, call.x
-    sum_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    sum_dtype = c.sum_dtype
     samples = x.shape[0] if c.fork else x.shape[0] // c.groups
 
     with torch.autocast(x.device.type, enabled=False):
@@ -80,7 +80,7 @@ def sparse_adapter(call: SparseAdapterCall) -> Tensor:
 def sparse_lora(call: SparseLoRACall) -> Tensor:
     """`mosa_fast.ops.sparse_lora` on a checked call."""
     c, x, y = call, call.x, call.y
-    sum_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    sum_dtype = c.sum_dtype
     groups = 1 if c.fork else c.groups
     down_ids, up_ids = c.experts.unbind(-1)  # [T, V]
 
@@ -115,7 +115,7 @@ def adapter_bank(call: AdapterBankCall, out: Tensor) -> None:
     one batched product of all, took twice as long on a CPU (64 samples of 197 tokens, D = 192 and 768, r = 64).
     """
     c, x = call, call.x
-    sum_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    sum_dtype = c.sum_dtype
     streams = x.reshape(-1, c.width)
     skips = None if c.skip is None else c.skip.reshape(-1, c.out_width)
     outs = out.view(-1, c.out_width)

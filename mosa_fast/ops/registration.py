@@ -151,11 +151,15 @@ class Operator:
             return self.forward_op(*arguments)
 
     def differentiable_backward(self, *arguments: Any) -> list[Tensor]:
-        """The backward where autograd may record it, to refuse a second derivative when one is asked for."""
+        """The backward where autograd may record it."""
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
-            return list(_Refused.apply(self, *arguments))
+            return self.recorded_backward(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return self.backward_op(*arguments)
+
+    def recorded_backward(self, *arguments: Any) -> list[Tensor]:
+        """The backward as autograd records it: so that a second derivative, when one is asked for, is refused."""
+        return list(_Refused.apply(self, *arguments))
 
 
 class _Recorded(torch.autograd.Function):
