@@ -78,7 +78,7 @@ def table(group: Group, rows: list[Row]) -> str:
 
 
 def summary(results: dict[str, Any]) -> str:
-    """What the README shows: the training steps."""
+    """What the README shows some of: the training steps."""
     steps = [table(group, rows) for group, rows in groups(results).items() if group[0] in ("step", "methods")]
     return "\n\n".join([heading(results), *steps])
 
@@ -91,7 +91,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def reliability_table(campaigns: dict[str, Any]) -> str:
-    """What the README shows of results/campaign.json: what was tried at random, and how often it went as it should."""
+    """What CONTRIBUTING.md shows of results/campaign.json: what was tried at random, how often it went as it should."""
     rows = [
         (
             name + (f" ({found['kills']} kills)" if "kills" in found else ""),

@@ -1,4 +1,4 @@
-"""The README says what the files say."""
+"""The README, and CONTRIBUTING.md, say what the files say."""
 
 import importlib
 import json
@@ -8,21 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 
 
 @pytest.mark.parametrize(
-    ("file", "module", "table"),
+    ("page", "file", "module", "table"),
     [
-        ("campaign", "report", "reliability_table"),
-        ("machine_code", "machine_code.results", "readme_table"),
+        ("CONTRIBUTING.md", "campaign", "report", "reliability_table"),
+        ("README.md", "machine_code", "machine_code.results", "readme_table"),
     ],
 )
-def test_the_tables_are_those_of_the_results(file, module, table):
+def test_the_tables_are_those_of_the_results(page, file, module, table):
     from benchmarks.results import FOLDER
 
     make = getattr(importlib.import_module(f"benchmarks.{module}"), table)
-    assert make(json.loads((FOLDER / f"{file}.json").read_text())) in README.read_text()
+    assert make(json.loads((FOLDER / f"{file}.json").read_text())) in (ROOT / page).read_text()
 
 
 def test_the_table_of_accuracies_is_that_of_the_runs():
