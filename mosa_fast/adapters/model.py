@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,20 +27,15 @@ from mosa_fast.adapters.adapter_file import (
 from mosa_fast.adapters.block import AdaptedBlock, routed
 from mosa_fast.adapters.inside_mlp import is_inside
 from mosa_fast.adapters.linears import put_loras
-from mosa_fast.adapters.placements import PLACEMENTS, QKVO, repeat_batch
-from mosa_fast.adapters.seams import AFTER_BLOCKS, call_quantised_qkv, carries_samples, find_blocks, seam_of
+from mosa_fast.adapters.passes import all_disabled, checkpoints_by_itself, draw_routing, parts, repeated
+from mosa_fast.adapters.placements import PLACEMENTS, QKVO
+from mosa_fast.adapters.seams import call_quantised_qkv, carries_samples, find_blocks, seam_of
 from mosa_fast.adapters.wrapper import Wrapper, unwrapped
 from mosa_fast.backbones.frozen import hold_statistics, parts_samples
 from mosa_fast.backbones.heads import classifiers, heads
 from mosa_fast.config import MoSAConfig
 from mosa_fast.data.preprocessing import Preprocessing
-from mosa_fast.nn.mixture import FIXED, adapters
-from mosa_fast.routing import Routing, as_seed, draw
-
-CHECKPOINTS_BY_ITSELF = (
-    "gradient checkpointing is switched on in the backbone, where it would recompute without the experts of the pass: "
-    "call set_grad_checkpointing on the adapted model instead"
-)
+from mosa_fast.nn.mixture import adapters
 
 
 class AdaptedModel(Wrapper):
@@ -101,13 +96,14 @@ class AdaptedModel(Wrapper):
         """
         if views < 1:
             raise ValueError(f"views must be at least 1, got {views}")
-        blocks, others = _parts(self.backbone)
-        if _disabled(blocks) or (experts is None and not self.training):
+        blocks, others = parts(self.backbone)
+        if all_disabled(blocks) or (experts is None and not self.training):
             with routed(blocks, None, block_outputs=block_outputs):
                 logits = self.backbone(images, **arguments)
             views = views if experts is None else experts.shape[1]
-            return logits if views == 1 else _repeated(logits, views)  # all alike, where no experts are active
-        routing = self._draw(blocks, views, experts, seed)
+            return logits if views == 1 else repeated(logits, views)  # all alike, where no experts are active
+        # Nothing is taken from torch's random state where nothing is random.
+        routing = draw_routing(blocks, views, experts, seed if self.training else 0)
         views = routing.experts.shape[1]
         per_sample = {name for name, value in arguments.items() if carries_samples(name, value)}
         fork = views > 1
@@ -115,8 +111,8 @@ class AdaptedModel(Wrapper):
         if fork and (
             counted or per_sample or not isinstance(images, Tensor) or any(map(parts_samples, (self.backbone, *others)))
         ):
-            images, fork = _repeated(images, views), False
-            arguments |= {name: _repeated(arguments[name], views) for name in per_sample}
+            images, fork = repeated(images, views), False
+            arguments |= {name: repeated(arguments[name], views) for name in per_sample}
         with routed(blocks, routing, fork=fork, block_outputs=block_outputs):
             return self.backbone(images, **arguments)
 
@@ -128,25 +124,10 @@ class AdaptedModel(Wrapper):
         return value
 
     def _one_view(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not self.training or _disabled(blocks := _parts(self.backbone)[0]):
+        if not self.training or all_disabled(blocks := parts(self.backbone)[0]):
             return method(*args, **kwargs)
-        with routed(blocks, self._draw(blocks, 1, None, None)):
+        with routed(blocks, draw_routing(blocks, 1, None, None)):
             return method(*args, **kwargs)
-
-    def _draw(
-        self, blocks: list[AdaptedBlock], views: int, experts: Tensor | None, seed: Tensor | int | None
-    ) -> Routing:
-        layers = sum(block.draws for block in blocks)
-        first = blocks[0].adapters()[0]
-        # Nothing is taken from torch's random state where nothing is random.
-        key = as_seed(seed if self.training else 0, first.down.weight.device)
-        if experts is None and first.config.routing == "random":
-            return draw(key, layers, views, first.config.experts)
-        if experts is None:
-            experts = torch.full((layers, views, 2), FIXED, dtype=torch.int32, device=key.device)
-        if experts.ndim != 3 or experts.shape[0] != layers or experts.shape[2] != 2:
-            raise ValueError(f"experts must be int32 [{layers}, V, 2], got {list(experts.shape)}")
-        return Routing(experts, draw(key, layers, 1, first.config.experts).seeds)
 
     @contextmanager
     def disable_adapters(self) -> Iterator[None]:
@@ -157,7 +138,7 @@ class AdaptedModel(Wrapper):
         views are one pass, repeated; `experts` only say how many they are. A model under torch.compile is compiled
         once more.
         """
-        blocks = _parts(self.backbone)[0]
+        blocks = parts(self.backbone)[0]
         before = [block.disabled for block in blocks]
         try:
             for block in blocks:
@@ -175,9 +156,9 @@ class AdaptedModel(Wrapper):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each adapted block in the backward pass, with the same experts and dropout."""
-        if any(_checkpoints(m) for m in self.backbone.modules() if not isinstance(m, AdaptedBlock)):
+        if any(checkpoints_by_itself(m) for m in self.backbone.modules() if not isinstance(m, AdaptedBlock)):
             self.backbone.set_grad_checkpointing(False)  # type: ignore[operator]
-        for block in _parts(self.backbone)[0]:
+        for block in parts(self.backbone)[0]:
             block.grad_checkpointing = enable
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
@@ -282,7 +263,7 @@ def adapt(model: nn.Module, config: MoSAConfig | None = None) -> AdaptedModel:
     if any(isinstance(module, AdaptedBlock) for module in model.modules()):
         raise ValueError("the model has adapters already; make a new one, or merge(model) and go on with that")
     found = list(find_blocks(model))
-    checkpoints = any(map(_checkpoints, model.modules()))
+    checkpoints = any(map(checkpoints_by_itself, model.modules()))
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(config.seed)
     adapted_blocks = []
@@ -363,46 +344,6 @@ def prepare(model: nn.Module, config: MoSAConfig, tensors: dict[str, Tensor]) ->
     if sizes and sizes[0] != timm_model.num_classes:
         timm_model.reset_classifier(sizes[0])
     return adapt(model, config)
-
-
-def _repeated(value: Any, views: int) -> Any:
-    """Every tensor of what a timm model takes or gives, repeated for the views: alone, in a dictionary or a list."""
-    if isinstance(value, Mapping):
-        return {key: _repeated(item, views) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_repeated(item, views) for item in value)
-    return repeat_batch(value, views)
-
-
-def _parts(backbone: nn.Module) -> tuple[list[AdaptedBlock], list[nn.Module]]:
-    """The adapted blocks in a timm model, and the modules outside of them that run before the last one.
-
-    Raises:
-        RuntimeError: gradient checkpointing is switched on outside of the adapted blocks.
-    """
-    blocks: list[AdaptedBlock] = []
-    others: list[nn.Module] = []
-
-    def walk(module: nn.Module, left_out: tuple[str, ...] = ()) -> None:
-        for name, child in module.named_children():
-            if isinstance(child, AdaptedBlock):
-                blocks.append(child)
-            elif name not in left_out:
-                others.append(child)
-                walk(child)
-
-    walk(backbone, AFTER_BLOCKS)
-    if any(map(_checkpoints, (backbone, *others))):
-        raise RuntimeError(CHECKPOINTS_BY_ITSELF)
-    return blocks, others
-
-
-def _disabled(blocks: list[AdaptedBlock]) -> bool:
-    return all(block.disabled for block in blocks)
-
-
-def _checkpoints(module: nn.Module) -> bool:
-    return bool(module.__dict__.get("grad_checkpointing", False))
 
 
 def _prefix_patterns(patterns: Any) -> Any:
