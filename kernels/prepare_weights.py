@@ -62,7 +62,8 @@ def prepare_weights_kernel(
     The second axis of the grid is the layer. Of each kind of tensor there is a pointer for every layer, or None.
     experts: int32 `[layers, V, 2]`. BY_EXPERT: slots are for experts.
     """
-    UP_COLUMNS: tl.constexpr = max(1, BLOCK_ROWS * BLOCK_COLUMNS // BLOCK_BOTTLENECK)
+    BLOCK: tl.constexpr = BLOCK_ROWS * BLOCK_COLUMNS
+    UP_COLUMNS: tl.constexpr = BLOCK // BLOCK_BOTTLENECK if BLOCK > BLOCK_BOTTLENECK else 1
     DOWN_BLOCKS: tl.constexpr = BLOCK_BOTTLENECK // BLOCK_ROWS
     UP_BLOCKS: tl.constexpr = (PADDED_WIDTH + UP_COLUMNS - 1) // UP_COLUMNS
     part = tl.program_id(0)
