@@ -101,7 +101,7 @@ def as_seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
         return torch.full((1,), seed, dtype=torch.int64, device=device)
     if seed.dtype != torch.int64 or seed.numel() not in (1, 2):
         raise ValueError(f"seed must be an int or int64 [1] or [2], got {seed.dtype} {list(seed.shape)}")
-    return seed.reshape(-1)
+    return seed if seed.ndim == 1 else seed.reshape(-1)
 
 
 def random_seed(device: torch.device) -> Tensor:

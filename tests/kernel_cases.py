@@ -260,7 +260,10 @@ def poisoned() -> Iterator[None]:
     def filled(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.full(shape, float("nan"), dtype=dtype, device=device)
 
-    with mock.patch.object(launching, "empty", filled):
+    def filled_like(tensor: Tensor) -> Tensor:
+        return torch.full_like(tensor, float("nan"))
+
+    with mock.patch.multiple(launching, empty=filled, empty_like=filled_like):
         yield
 
 

@@ -76,11 +76,11 @@ class SparseProjection(nn.Module):
 
     def bias_rows(self) -> Tensor:
         """The bias of every expert, `[E, out]` (`[1, out]` dense)."""
-        assert self.bias is not None
-        if self.bias_owner is None:
-            return self.bias
-        ids = torch.arange(self.experts, device=self.bias.device)
-        return self.bias * (self.bias_owner == ids[:, None])
+        bias, owner = self.bias, self.bias_owner
+        assert bias is not None
+        if owner is None:
+            return bias
+        return bias * (owner == torch.arange(self.experts, device=bias.device)[:, None])
 
     @torch.no_grad()
     def dense(self, rule: MergeRule, expert: int | None = None) -> tuple[Tensor, Tensor | None]:

@@ -220,8 +220,10 @@ class SparseAdapter(MixtureLayer):
             The weights, their experts, the operators' scale, dropout and seed, and, where the weights are those that
             evaluation keeps, what they were made from.
         """
-        if x.shape[-1] != self.down.weight.shape[1]:
-            raise ValueError(f"x must be [N, ..., {self.down.weight.shape[1]}], got {describe(x)}")
+        down = self.down  # to look up a module's child takes as long as ten plain attributes
+        width = down.weight.shape[1]
+        if x.shape[-1] != width:
+            raise ValueError(f"x must be [N, ..., {width}], got {describe(x)}")
         dropout = self.dropout if self.training else 0.0
         # Nothing is taken from torch's random state where nothing is random.
         random = dropout > 0 or (experts is None and self.draws_experts)
@@ -229,7 +231,7 @@ class SparseAdapter(MixtureLayer):
         options = {"scale": self.scale, "dropout": dropout, "seed": key}
         sources = self.kept_sources()
         if experts is not None:
-            return self.weights(self.down.init), experts, options, None
+            return self.weights(down.init), experts, options, None
         if sources is not None:
             weights, experts = self._kept.get(sources, "merged", self._merged_weights)
             return weights, experts, options, sources
@@ -238,8 +240,8 @@ class SparseAdapter(MixtureLayer):
 
     def weights(self, down_init: Tensor | None) -> MasterWeights:
         """The weights as the operator takes them. down_init: W0 of the down-projection, where the pass has it."""
-        norm_weight, norm_bias = (None, None) if self.norm is None else (self.norm.weight, self.norm.bias)
-        down, up = self.down, self.up
+        norm, down, up = self.norm, self.down, self.up
+        norm_weight, norm_bias = (None, None) if norm is None else (norm.weight, norm.bias)
         return MasterWeights(
             norm_weight,
             norm_bias,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import triton
 from torch import Tensor
 
 from mosa_fast.kernels.adapter_bank_fwd import adapter_bank_fwd_kernel
-from mosa_fast.ops import slots, triton_columns, triton_launching, triton_tiles
+from mosa_fast.ops import launching, slots, triton_columns, triton_launching, triton_tiles
 from mosa_fast.ops.call import AdapterBankCall, SparseLoRACall
 from mosa_fast.ops.reference import IDENTITY
 
@@ -32,5 +31,5 @@ def forward(call: AdapterBankCall, out: Tensor) -> None:
         "ACTIVATION": c.activation,
         "ADD_INPUT": c.add_input,
     }
-    programs = triton.cdiv(c.tokens, tile.rows) * c.groups
+    programs = launching.blocks(c.tokens, tile.rows) * c.groups
     triton_launching.launch(adapter_bank_fwd_kernel, (programs,), tile, arguments)

@@ -8,7 +8,7 @@ a parameter to the operator's public function, and a parameter to each kernel th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
@@ -89,6 +89,13 @@ class Call:
         cls.TENSORS = {name: facts for name, (_, facts) in annotated.items()}
         cls.OPTIONS = tuple(name for name in hints if name not in annotated)
         (cls.ONLY_ADDED,) = (name for name, facts in cls.TENSORS.items() if facts.only_added)
+
+    @classmethod
+    def of(cls, values: Iterable[Any]) -> Any:
+        """The call with these values, in order: what the constructor makes, in a third of its time."""
+        call = object.__new__(cls)
+        call.__dict__.update(zip(cls.SCHEMA, values, strict=True))
+        return call
 
     def values(self) -> list[Any]:
         """All arguments, in order."""

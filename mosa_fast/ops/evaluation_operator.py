@@ -56,14 +56,14 @@ class EvaluationOperator:
 
     def _forward(self, *arguments: Any) -> Tensor:
         *values, backend = arguments
-        call = self.call(*map(contiguous, values))
+        call = self.call.of(map(contiguous, values))
         out = self.result(call)
         self._fill(call, out, backend)
         return out
 
     def _forward_in_place(self, *arguments: Any) -> None:
         *values, backend = arguments
-        call = self.call(*map(contiguous, values))
+        call = self.call.of(map(contiguous, values))
         self._fill(call, getattr(call, call.ONLY_ADDED), backend)
 
     def _fill(self, call: Call, out: Tensor, backend: str) -> None:

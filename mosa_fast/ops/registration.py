@@ -83,8 +83,8 @@ class Operator:
         return self._differentiable_forward(*values, save, backend)[0]
 
     def _forward(self, *arguments: Any) -> tuple[Tensor, ...]:
-        tensors, (*options, save, backend) = arguments[: self.tensor_count], arguments[self.tensor_count :]
-        call = self.call(*map(contiguous, tensors), *options)
+        *values, save, backend = arguments
+        call = self._call(values)
         out, *saved = self.results(call, save)
         if out.numel():
             with torch.cuda.device_of(call.x):  # kernels run on the current device
@@ -114,12 +114,18 @@ class Operator:
         gradients = self.gradients(call, grad_out, needed, added_dtype)
         return [gradients[name] for name in self.chosen(needed)]
 
-    def _backward_arguments(self, arguments: Sequence[Any]) -> tuple[Any, list[Tensor], Tensor, list[bool], Any, str]:
+    def _backward_arguments(self, arguments: tuple[Any, ...]) -> tuple[Any, list[Tensor], Tensor, list[bool], Any, str]:
         """The call, the saved tensors, the output's gradient, what is needed, and the backend."""
-        tensors, rest = arguments[: self.tensor_count], arguments[self.tensor_count :]
-        *saved, grad_out = map(contiguous, rest[: self.saved_count + 1])
-        *options, needed, added_dtype, backend = rest[self.saved_count + 1 :]
-        return self.call(*map(contiguous, tensors), *options), saved, grad_out, needed, added_dtype, backend
+        between = slice(self.tensor_count, self.tensor_count + self.saved_count + 1)
+        *saved, grad_out = map(contiguous, arguments[between])
+        *values, needed, added_dtype, backend = arguments[: between.start] + arguments[between.stop :]
+        return self._call(values), saved, grad_out, needed, added_dtype, backend
+
+    def _call(self, values: list[Any]) -> Any:
+        """The call with these arguments, each tensor in one piece."""
+        tensors = values[: self.tensor_count]
+        values[: self.tensor_count] = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+        return self.call.of(values)
 
     def chosen(self, needed: Sequence[bool]) -> list[str]:
         """The names of the gradients that are asked for; `needed` goes with `differentiable`."""
@@ -137,10 +143,9 @@ class Operator:
             if name == call.ONLY_ADDED:
                 assert added_dtype is not None
                 samples = grad_out.shape[0] // (call.groups if call.fork else 1)
-                shape, dtype = (samples, *grad_out.shape[1:]), added_dtype
+                gradients[name] = launching.empty((samples, *grad_out.shape[1:]), added_dtype, grad_out.device)
             else:
-                shape, dtype = getattr(call, name).shape, getattr(call, name).dtype
-            gradients[name] = launching.empty(shape, dtype, grad_out.device)
+                gradients[name] = launching.empty_like(getattr(call, name))
         return gradients
 
     def _differentiable_forward(self, *arguments: Any) -> tuple[Tensor, ...]:

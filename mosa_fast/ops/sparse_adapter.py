@@ -10,7 +10,7 @@ from torch import Tensor
 from mosa_fast.ops import launching, reference
 from mosa_fast.ops.backends import resolve_backend
 from mosa_fast.ops.call import AdaptedMLPCall, SparseAdapterCall, check_device, check_scale, describe, product_dtype
-from mosa_fast.ops.prepare_weights import MasterWeights, PreparedWeights, layouts_of, prepare_weights
+from mosa_fast.ops.prepare_weights import TENSORS, MasterWeights, PreparedWeights, layouts_of, prepare_weights
 from mosa_fast.ops.registration import Operator
 
 
@@ -145,19 +145,21 @@ def _with_prepared_weights(call: SparseAdapterCall, backend: str) -> SparseAdapt
 def _check_prepared(call: SparseAdapterCall, prepared: PreparedWeights) -> None:
     rank, width = call.down_weight.shape
     layouts = layouts_of(call.slots, rank, width, call.product_dtype, prepared.backend)
-    for (name, tensor), (shape, dtype) in zip(prepared.tensors().items(), layouts, strict=True):
+    for name, (shape, dtype) in zip(TENSORS, layouts, strict=True):
+        tensor: Tensor = getattr(prepared, name)
         if tensor.shape != shape or tensor.dtype != dtype:
             wanted = describe(torch.empty(shape, dtype=dtype, device="meta"))
             raise ValueError(
                 f"prepared must be made for such a call: its {name} must be {wanted}, got {describe(tensor)}"
             )
-        check_device(f"prepared's {name}", tensor, call.x)
+        if tensor.device != call.x.device:
+            check_device(f"prepared's {name}", tensor, call.x)
 
 
 def as_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
     """A seed as operators take it: a number becomes int64 `[1]`."""
     if isinstance(seed, Tensor):
-        return seed.reshape(-1)
+        return seed if seed.ndim == 1 else seed.reshape(-1)
     # full, not tensor: a fill on the device neither waits for it nor breaks a graph that is being captured.
     return torch.full((1,), seed, dtype=torch.int64, device=device)
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from mosa_fast.kernels.reductions import sum_slices_kernel
@@ -30,7 +29,7 @@ def forward(call: SparseAdapterCall, out: Tensor, saved: Sequence[Tensor]) -> No
     """Fill the output and the saved tensors."""
     c, (stats, pre) = call, map(launching.wanted, saved)
     tile = triton_tiles.choose("forward", c, c.bottleneck)
-    programs = triton.cdiv(c.rows_per_group, tile.rows) * c.groups
+    programs = launching.blocks(c.rows_per_group, tile.rows) * c.groups
     arguments = _arguments(c)
     arguments |= {"out_ptr": out, "stats_ptr": stats, "pre_ptr": pre}
     triton_launching.launch(sparse_adapter_fwd_kernel, (programs,), tile, arguments)
@@ -53,7 +52,7 @@ def backward(call: SparseAdapterCall, grad_out: Tensor, saved: Sequence[Tensor],
     }
 
     input_tile = triton_tiles.choose("backward_input", c, c.bottleneck)
-    row_blocks = triton.cdiv(c.rows_per_group, input_tile.rows)
+    row_blocks = launching.blocks(c.rows_per_group, input_tile.rows)
     programs = row_blocks * (1 if c.fork else c.groups)
     scaled, weights_wanted = "scale_tensor" in gradients, "up_weight" in gradients
     if weights_wanted:
@@ -64,7 +63,7 @@ def backward(call: SparseAdapterCall, grad_out: Tensor, saved: Sequence[Tensor],
         return
 
     tile = triton_tiles.choose("backward_weight", c, c.bottleneck)
-    column_blocks = triton.cdiv(c.width, tile.columns)
+    column_blocks = launching.blocks(c.width, tile.columns)
     most_slices = max(1, launching.multiprocessors(device) // column_blocks)
     split = launching.split_tokens(c, max(tile.rows, input_tile.rows), most_slices)
     weights, norm_weights = c.width * c.bottleneck, 0 if c.norm_weight is None else c.width
@@ -87,7 +86,7 @@ def backward(call: SparseAdapterCall, grad_out: Tensor, saved: Sequence[Tensor],
     }
     blocks = split.slices * column_blocks
     triton_launching.launch(sparse_adapter_bwd_weight_kernel, (blocks,), tile, arguments)
-    blocks = triton.cdiv(length, SUM_TILE.columns) + scaled
+    blocks = launching.blocks(length, SUM_TILE.columns) + scaled
     triton_launching.launch(sum_slices_kernel, (blocks,), SUM_TILE, arguments)
 
 

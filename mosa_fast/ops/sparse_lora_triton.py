@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from mosa_fast.kernels.reductions import sum_slices_kernel
@@ -30,7 +29,7 @@ def forward(call: SparseLoRACall, out: Tensor, saved: Sequence[Tensor]) -> None:
     all_columns = triton_columns.all_columns(c, out_width)
     triton_launching.launch(
         sparse_lora_fwd_kernel,
-        (triton.cdiv(c.rows_per_group, tile.rows) * c.groups,),
+        (launching.blocks(c.rows_per_group, tile.rows) * c.groups,),
         tile,
         _arguments(c)
         | {
@@ -58,7 +57,7 @@ def backward(call: SparseLoRACall, grad_out: Tensor, saved: Sequence[Tensor], gr
     }
 
     tile = triton_tiles.choose("backward_input", c, c.ranks)
-    programs = triton.cdiv(c.rows_per_group, tile.rows) * (1 if c.fork else c.groups)
+    programs = launching.blocks(c.rows_per_group, tile.rows) * (1 if c.fork else c.groups)
     scaled = "scale_tensor" in gradients
     arguments |= {
         "scale_partial_ptr": launching.empty((programs,), torch.float32, device) if scaled else None,
@@ -71,7 +70,7 @@ def backward(call: SparseLoRACall, grad_out: Tensor, saved: Sequence[Tensor], gr
 
     tile = triton_tiles.choose("backward_weight", c, c.ranks)
     target_blocks = triton_columns.blocks(targets, tile)
-    column_blocks = target_blocks + triton.cdiv(c.width, tile.columns)
+    column_blocks = target_blocks + launching.blocks(c.width, tile.columns)
     split = launching.split_tokens(c, tile.rows, max(1, launching.multiprocessors(device) // column_blocks))
     up_weights, down_weights = c.up_weight.numel(), c.down_weight.numel()
     arguments |= {
@@ -87,7 +86,7 @@ def backward(call: SparseLoRACall, grad_out: Tensor, saved: Sequence[Tensor], gr
         **dict.fromkeys(f"grad_{name}_ptr" for name in ("norm_weight", "norm_bias", "up_bias", "down_bias")),
     }
     triton_launching.launch(sparse_lora_bwd_weight_kernel, (split.slices * column_blocks,), tile, arguments)
-    blocks = triton.cdiv(up_weights + down_weights, SUM_TILE.columns) + scaled
+    blocks = launching.blocks(up_weights + down_weights, SUM_TILE.columns) + scaled
     triton_launching.launch(sum_slices_kernel, (blocks,), SUM_TILE, arguments)
 
 

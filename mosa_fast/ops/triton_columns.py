@@ -6,9 +6,8 @@ that belongs to the first column, first rank of the target.
 
 from __future__ import annotations
 
-import triton
-
 from mosa_fast.kernels.device_functions import NO_RANK
+from mosa_fast.ops import launching
 from mosa_fast.ops.call import AdapterBankCall, SparseLoRACall
 from mosa_fast.ops.triton_tiles import Tile
 
@@ -37,7 +36,7 @@ def all_columns(call: HasTargets, out_width: int) -> Ranges:
 
 def blocks(ranges: Ranges, tile: Tile) -> int:
     """How many blocks of columns there are."""
-    return sum(triton.cdiv(stop - start, tile.columns) for start, stop, *_ in ranges)
+    return sum(launching.blocks(stop - start, tile.columns) for start, stop, *_ in ranges)
 
 
 def even(ranges: Ranges, tile: Tile) -> bool:
