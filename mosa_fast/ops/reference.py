@@ -70,10 +70,11 @@ def sparse_adapter(call: SparseAdapterCall) -> Tensor:
         out = affine(hidden.to(c.product_dtype), up.to(c.product_dtype), bias.to(sum_dtype))
         if scale is not None:
             out = out * scale
-        if c.add_input:
-            out += streams
-        if c.skip is not None:
-            out += c.skip.reshape(streams.shape)
+        # Backward copies three times for what is added to a view in place, and most products are views of others.
+        in_place = not torch.is_grad_enabled() or (up.ndim == 3 and len(hidden) > 1)
+        for added in (streams if c.add_input else None, None if c.skip is None else c.skip.reshape(streams.shape)):
+            if added is not None:
+                out = out.add_(added) if in_place else out + added
         return out.expand(c.groups, -1, -1).reshape(c.out_samples, *x.shape[1:]).to(c.out_dtype)
 
 

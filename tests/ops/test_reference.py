@@ -200,6 +200,21 @@ def test_output_never_aliases_the_input():
     assert torch.equal(a["x"], before)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("fork", [False, True])
+@pytest.mark.parametrize("dense", [False, True])
+def test_backward_copies_nothing_for_a_sum_in_place(groups, fork, dense):
+    changes = {"up_owner": None, "up_bias": torch.zeros(1, D, dtype=torch.float64)} if dense else {}
+    a = arguments(experts=torch.tensor([[1, 2]] * groups, dtype=torch.int32), **changes)
+    nodes, found = [sparse_adapter(**a | {"x": a["x"].requires_grad_()}, fork=fork).grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        found.add(node.name())
+        nodes += [function for function, _ in node.next_functions if function is not None]
+    assert "AccumulateGrad" in str(found)
+    assert "CopySlices" not in str(found)
+
+
 def test_compiles_without_a_graph_break():
     a = arguments(torch.float32)
     compiled = torch.compile(sparse_adapter, fullgraph=True, backend="aot_eager")
