@@ -31,6 +31,7 @@ from mosa_fast.kernels.device_functions import (
     activate,
     block_of_columns,
     load_tile,
+    mask_if,
     target_tile,
 )
 
@@ -170,7 +171,7 @@ def adapter_bank_fwd_kernel(
         )
         out = tl.dot(hidden, tl.trans(weight.to(PRODUCT)), input_precision=PRECISION)
         if up_bias_ptr is not None:
-            bias_valid = column_valid & (first_rank < RANKS)
+            bias_valid = mask_if(column_valid, first_rank < RANKS)
             out += tl.load(up_bias_ptr + row + tl.arange(0, BLOCK_COLUMNS), mask=bias_valid, other=0.0).to(tl.float32)
         if ADD_INPUT:
             out += x.to(tl.float32)

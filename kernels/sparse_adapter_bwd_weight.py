@@ -136,15 +136,16 @@ def sparse_adapter_bwd_weight_kernel(
     segments_here = tl.minimum(segments_per_slice, groups * pieces - first) if ACCUMULATE else 1
     for index in range(segments_here):
         segment = first + index
-        # The block's number and zero: a zero that the compiler takes for a new one in every segment. Else it would make
-        # all tiles' addresses before the loop, and keep them in registers that the products need.
-        columns = (column_block + segment // (groups * pieces)) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+        # Zero, but the compiler takes it for a new number in every segment. Else it would make all tiles' addresses
+        # before the loop, and keep them in registers that the products need.
+        zero = segment // (groups * pieces)
+        columns = (column_block + zero) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
         column_valid = columns < WIDTH
         ranks = tl.arange(0, BLOCK_BOTTLENECK)
         rank_valid = ranks < BOTTLENECK
         up_offsets = columns[:, None] * BOTTLENECK + ranks[None, :]
         up_valid = column_valid[:, None] & rank_valid[None, :]
-        down_offsets = ranks[:, None] * WIDTH + columns[None, :]
+        down_offsets = (ranks + zero)[:, None] * WIDTH + columns[None, :]
         down_valid = rank_valid[:, None] & column_valid[None, :]
         group = segment // pieces
         start_row = (segment % pieces) * piece_rows

@@ -220,6 +220,14 @@ def test_no_copy_overwrites_what_tensor_cores_still_read(compiled, name):
             assert not (running and re.search(r"cp\.async\.c[ag]", line)), f"{kernel.name} with {kernel.tile}"
 
 
+def test_a_product_and_its_sum_are_rounded_once_whatever_triton_prefers(monkeypatch):
+    fused = []
+    for default in "10":
+        monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", default)
+        fused.append(compile_launch(launches(CALLS["dense"](), "sm_90")[0], "sm_90").count("FFMA"))
+    assert fused[0] == fused[1] > 0
+
+
 def test_every_row_of_the_table_is_checked():
     """The calls above meet every tile."""
     met = set()
