@@ -99,7 +99,7 @@ class TestInsideTheMLP:
 class TestCommandLine:
     @pytest.fixture(autouse=True)
     def _counted(self, monkeypatch, stored):
-        """The stored rows stand for what would be compiled, with so many times the instructions."""
+        """The stored rows stand for what this Triton would compile, with so many times the instructions."""
         self.times = 1.0
         rows = [row for row in stored["rows"] if row["kind"] == "plain" and row["width"] == D]
 
@@ -108,6 +108,7 @@ class TestCommandLine:
                 yield [row | {"issued_millions": row["issued_millions"] * self.times} for row in found]
 
         monkeypatch.setattr(command_line, "count", count)
+        monkeypatch.setattr(command_line.triton, "__version__", rows[0]["triton"])
 
     @pytest.mark.parametrize(("times", "expected"), [(1.0, 0), (1.05, 1)])
     def test_compare_fails_where_instructions_grew(self, command, times, expected):
