@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mosa_fast.ops.call import AdapterBankCall, SparseAdapterCall, SparseLoRACall
+from mosa_fast.ops.calls import AdapterBankCall, SparseAdapterCall, SparseLoRACall
 from mosa_fast.ops.philox import dropout_keep
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}

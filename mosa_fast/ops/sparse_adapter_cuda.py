@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mosa_fast.ops import extension, launching
-from mosa_fast.ops.call import SparseAdapterCall
+from mosa_fast.ops.calls import SparseAdapterCall
 
 TILE = 64  # csrc/block.h: rows, columns and ranks of every tile
 ACTIVATIONS = ("gelu", "relu", "silu")  # csrc/numerics.h: `Activation`

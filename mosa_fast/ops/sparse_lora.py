@@ -8,7 +8,8 @@ from torch import Tensor
 
 from mosa_fast.ops import launching, reference
 from mosa_fast.ops.backends import resolve_backend
-from mosa_fast.ops.call import SparseLoRACall, check_columns, check_scale, describe, product_dtype
+from mosa_fast.ops.call import check_columns, check_scale, describe, product_dtype
+from mosa_fast.ops.calls import SparseLoRACall
 from mosa_fast.ops.registration import Operator
 
 

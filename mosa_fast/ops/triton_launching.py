@@ -60,7 +60,8 @@ class _Parameters:
 
 @cache
 def _parameters_of(kernel: Any) -> _Parameters:
-    return _Parameters(itemgetter(*kernel.arg_names), len(kernel.arg_names) - len(kernel.constexprs))
+    constants = len(kernel.constexprs) if KEEPS_COMPILED else 0  # an interpreted kernel does not know its own
+    return _Parameters(itemgetter(*kernel.arg_names), len(kernel.arg_names) - constants)
 
 
 def _compiled_for(value: Any) -> Any:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from benchmarks.machine_code.calls import shape_of
 from mosa_fast.ops import sparse_adapter
-from mosa_fast.ops.call import SparseAdapterCall
+from mosa_fast.ops.calls import SparseAdapterCall
 
 D, R, E, N, T = 10, 6, 3, 4, 5
 
