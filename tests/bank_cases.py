@@ -9,7 +9,7 @@ import torch
 from kernel_cases import generator_of
 
 from benchmarks.machine_code.calls import shape_of
-from mosa_fast.ops.calls import AdapterBankCall
+from mosa_fast.ops.arguments import AdapterBankCall
 
 OF_ADAPTERS = ("norm_weight", "norm_bias", "down_bias", "up_bias")  # low-rank pairs have none of them
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from benchmarks.machine_code.calls import shape_of
 from mosa_fast.ops import adapter_bank, backend, launching, sparse_adapter, sparse_lora
+from mosa_fast.ops.arguments import AdapterBankCall, SparseAdapterCall, SparseLoRACall
 from mosa_fast.ops.call import Call
-from mosa_fast.ops.calls import AdapterBankCall, SparseAdapterCall, SparseLoRACall
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 EAGER_FACTOR = 2.0  # kernels may be at most this much worse than eager PyTorch in the same dtype

@@ -10,7 +10,7 @@ from kernel_cases import differentiable, generator_of
 from torch import Tensor
 
 from benchmarks.machine_code.calls import shape_of
-from mosa_fast.ops.calls import SparseLoRACall
+from mosa_fast.ops.arguments import SparseLoRACall
 
 DIFFERENTIABLE = differentiable(SparseLoRACall)
 FIRST_AND_LAST = ((0, 2), (1, 1))

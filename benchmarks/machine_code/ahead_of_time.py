@@ -28,8 +28,8 @@ from mosa_fast.ops import (
     triton_launching,
     triton_tiles,
 )
+from mosa_fast.ops.arguments import SparseAdapterCall
 from mosa_fast.ops.call import Call
-from mosa_fast.ops.calls import SparseAdapterCall
 from mosa_fast.ops.evaluation_operator import EVALUATION_OPERATORS
 from mosa_fast.ops.prepare_weights import MasterWeights, Preparation
 from mosa_fast.ops.registration import OPERATORS

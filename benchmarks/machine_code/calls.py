@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from mosa_fast.ops.arguments import AdaptedMLPCall, AdapterBankCall, SparseAdapterCall, SparseLoRACall
 from mosa_fast.ops.call import Call, TensorFacts
-from mosa_fast.ops.calls import AdaptedMLPCall, AdapterBankCall, SparseAdapterCall, SparseLoRACall
 
 
 def shape_of(facts: TensorFacts, sizes: Mapping[Any, Any]) -> tuple[int, ...]:

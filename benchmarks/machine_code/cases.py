@@ -19,7 +19,7 @@ from benchmarks.machine_code.chips import Chip
 from benchmarks.machine_code.model import estimate
 from benchmarks.machine_code.step import DEPTH
 from benchmarks.machine_code.traffic import traffic
-from mosa_fast.ops.calls import SparseAdapterCall
+from mosa_fast.ops.arguments import SparseAdapterCall
 
 VIEWS, TOKENS = 2, 197
 IMAGES = 128  # a view: M = 50,432

@@ -21,7 +21,7 @@ from benchmarks.machine_code.chips import Chip
 from benchmarks.machine_code.step import DEPTH, PRECISION, Count, Utilisation, count_step
 from mosa_fast.ops import adapted_mlp_reference
 from mosa_fast.ops.adapted_mlp import OPERATOR
-from mosa_fast.ops.calls import AdaptedMLPCall
+from mosa_fast.ops.arguments import AdaptedMLPCall
 
 Row = dict[str, Any]
 

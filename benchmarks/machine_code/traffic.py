@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.machine_code.ahead_of_time import Launch
 from mosa_fast.kernels.sparse_adapter_bwd_weight import BLOCKS_AT_ONCE, FEWEST_COLUMNS
-from mosa_fast.ops.calls import SparseAdapterCall
+from mosa_fast.ops.arguments import SparseAdapterCall
 from mosa_fast.ops.slots import padded_rank, padded_width
 
 Loops = tuple[tuple[int, "Loops"], ...]  # of each: trips, and the loops inside

@@ -18,9 +18,9 @@ from mosa_fast.adapters.seams import seam_of
 from mosa_fast.adapters.wrapper import Wrapper
 from mosa_fast.backbones.frozen import draws_random_numbers
 from mosa_fast.nn import SparseAdapter
+from mosa_fast.ops.arguments import SparseAdapterCall
 from mosa_fast.ops.backends import resolve_backend
 from mosa_fast.ops.call import product_dtype_of
-from mosa_fast.ops.calls import SparseAdapterCall
 from mosa_fast.ops.prepare_weights import PreparedWeights, prepare_weights
 from mosa_fast.routing import BlockRouting, Routing
 

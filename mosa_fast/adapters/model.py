@@ -27,7 +27,7 @@ from mosa_fast.adapters.adapter_file import (
 from mosa_fast.adapters.block import AdaptedBlock, routed
 from mosa_fast.adapters.inside_mlp import is_inside
 from mosa_fast.adapters.linears import put_loras
-from mosa_fast.adapters.passes import all_disabled, checkpoints_by_itself, draw_routing, parts, repeated
+from mosa_fast.adapters.passes import all_disabled, blocks_and_others, checkpoints_by_itself, draw_routing, repeated
 from mosa_fast.adapters.placements import PLACEMENTS, QKVO
 from mosa_fast.adapters.seams import call_quantised_qkv, carries_samples, find_blocks, seam_of
 from mosa_fast.adapters.wrapper import Wrapper, unwrapped
@@ -96,7 +96,7 @@ class AdaptedModel(Wrapper):
         """
         if views < 1:
             raise ValueError(f"views must be at least 1, got {views}")
-        blocks, others = parts(self.backbone)
+        blocks, others = blocks_and_others(self.backbone)
         if all_disabled(blocks) or (experts is None and not self.training):
             with routed(blocks, None, block_outputs=block_outputs):
                 logits = self.backbone(images, **arguments)
@@ -124,7 +124,7 @@ class AdaptedModel(Wrapper):
         return value
 
     def _one_view(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not self.training or all_disabled(blocks := parts(self.backbone)[0]):
+        if not self.training or all_disabled(blocks := blocks_and_others(self.backbone)[0]):
             return method(*args, **kwargs)
         with routed(blocks, draw_routing(blocks, 1, None, None)):
             return method(*args, **kwargs)
@@ -138,7 +138,7 @@ class AdaptedModel(Wrapper):
         views are one pass, repeated; `experts` only say how many they are. A model under torch.compile is compiled
         once more.
         """
-        blocks = parts(self.backbone)[0]
+        blocks = blocks_and_others(self.backbone)[0]
         before = [block.disabled for block in blocks]
         try:
             for block in blocks:
@@ -158,7 +158,7 @@ class AdaptedModel(Wrapper):
         """Recompute each adapted block in the backward pass, with the same experts and dropout."""
         if any(checkpoints_by_itself(m) for m in self.backbone.modules() if not isinstance(m, AdaptedBlock)):
             self.backbone.set_grad_checkpointing(False)  # type: ignore[operator]
-        for block in parts(self.backbone)[0]:
+        for block in blocks_and_others(self.backbone)[0]:
             block.grad_checkpointing = enable
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:

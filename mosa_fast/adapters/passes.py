@@ -20,7 +20,7 @@ CHECKPOINTED = (
 )
 
 
-def parts(backbone: nn.Module) -> tuple[list[AdaptedBlock], list[nn.Module]]:
+def blocks_and_others(backbone: nn.Module) -> tuple[list[AdaptedBlock], list[nn.Module]]:
     """The adapted blocks in a timm model, and the modules outside of them that run before the last one.
 
     Raises:
@@ -52,7 +52,7 @@ def draw_routing(blocks: list[AdaptedBlock], views: int, experts: Tensor | None,
     """Experts of every adapter and view, and the adapters' seeds.
 
     Args:
-        blocks: of the model.
+        blocks: all that have adapters, in order.
         views, experts, seed: what the model was called with.
 
     Raises:

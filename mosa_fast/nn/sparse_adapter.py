@@ -12,9 +12,9 @@ from mosa_fast.config import MoSAConfig
 from mosa_fast.nn.mixture import MixtureLayer
 from mosa_fast.nn.projection import SparseProjection
 from mosa_fast.ops import adapted_mlp, sparse_adapter
+from mosa_fast.ops.arguments import SparseAdapterCall
 from mosa_fast.ops.backends import resolve_backend
 from mosa_fast.ops.call import describe, product_dtype
-from mosa_fast.ops.calls import SparseAdapterCall
 from mosa_fast.ops.prepare_weights import MasterWeights, PreparedWeights, prepare_weights
 from mosa_fast.ops.reference import MERGED
 from mosa_fast.routing import as_seed

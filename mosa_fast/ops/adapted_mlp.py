@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mosa_fast.ops import launching, reference
+from mosa_fast.ops.arguments import AdaptedMLPCall, MixtureCall, SparseAdapterCall
 from mosa_fast.ops.call import check_scale, product_dtype
-from mosa_fast.ops.calls import AdaptedMLPCall, MixtureCall, SparseAdapterCall
 from mosa_fast.ops.registration import Operator
 from mosa_fast.ops.sparse_adapter import as_tensor, check_adapter, check_seed
 

@@ -50,7 +50,7 @@ from mosa_fast.ops.adapted_mlp_weights import (
     scaled_up,
     scaled_up_bias,
 )
-from mosa_fast.ops.calls import AdaptedMLPCall
+from mosa_fast.ops.arguments import AdaptedMLPCall
 from mosa_fast.ops.launching import wanted
 from mosa_fast.ops.philox import dropout_keep, dropout_scale
 from mosa_fast.ops.reference import project

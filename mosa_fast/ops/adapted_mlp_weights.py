@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mosa_fast.ops.calls import AdaptedMLPCall
+from mosa_fast.ops.arguments import AdaptedMLPCall
 from mosa_fast.ops.reference import ownership
 
 

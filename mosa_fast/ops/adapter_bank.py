@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mosa_fast.ops import launching, reference
+from mosa_fast.ops.arguments import AdapterBankCall
 from mosa_fast.ops.backends import resolve_backend
 from mosa_fast.ops.call import check_columns, check_device, describe, product_dtype
-from mosa_fast.ops.calls import AdapterBankCall
 from mosa_fast.ops.evaluation_operator import EvaluationOperator
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mosa_fast.kernels.adapter_bank_fwd import adapter_bank_fwd_kernel
 from mosa_fast.ops import launching, slots, triton_columns, triton_launching, triton_tiles
-from mosa_fast.ops.calls import AdapterBankCall, SparseLoRACall
+from mosa_fast.ops.arguments import AdapterBankCall, SparseLoRACall
 from mosa_fast.ops.reference import IDENTITY
 
 

@@ -1,7 +1,7 @@
 """What a call of an operator is, and the checks of what it is called with.
 
-A `Call` is a dataclass whose fields are an operator's arguments, in order (`calls.py` has each operator's). Whatever
-has to know the arguments reads the fields: the schemas that torch.library gets, fakes and autograd
+A `Call` is a dataclass whose fields are an operator's arguments, in order (`arguments.py` has each operator's).
+Whatever has to know the arguments reads the fields: the schemas that torch.library gets, fakes and autograd
 (`registration.py`), the checks below, the reference, the names under which kernels are handed tensors, and the tests'
 cases.
 """

@@ -23,7 +23,7 @@ CPU_MULTIPROCESSORS = 4  # stands in where there is no GPU: small, so that small
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory that a kernel will fill: one place, so that tests can poison it."""
+    """Memory that a kernel will fill: this place and the next, so that tests can poison it."""
     return torch.empty(shape, dtype=dtype, device=device)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mosa_fast.kernels.prepare_weights import prepare_weights_kernel
-from mosa_fast.ops import triton_launching, triton_tiles
+from mosa_fast.ops import launching, triton_launching, triton_tiles
 from mosa_fast.ops.prepare_weights import Preparation, PreparedWeights
 from mosa_fast.ops.triton_tiles import INTERPRETER, Tile
 
@@ -19,7 +19,7 @@ def forward(call: Preparation, prepared: PreparedWeights) -> None:
     tile = INTERPRETER if triton_tiles.architecture_of(call.experts.device) == "cpu" else TILE
     ranks, columns = prepared.down.shape[-2:]
     up_columns = max(1, tile.rows * tile.columns // ranks)
-    programs = slots.down * (ranks // tile.rows) + slots.up * -(-columns // up_columns)
+    programs = slots.down * (ranks // tile.rows) + slots.up * launching.blocks(columns, up_columns)
     arguments: dict[str, Any] = {f"{name}_ptrs": tuple(tensors) or None for name, tensors in call.tensors.items()}
     arguments |= {f"prepared_{name}_ptr": tensor for name, tensor in prepared.tensors().items()}
     arguments |= {

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mosa_fast.ops.calls import AdapterBankCall, SparseAdapterCall, SparseLoRACall
+from mosa_fast.ops.arguments import AdapterBankCall, SparseAdapterCall, SparseLoRACall
 from mosa_fast.ops.philox import dropout_keep
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
@@ -70,11 +70,11 @@ def sparse_adapter(call: SparseAdapterCall) -> Tensor:
         out = affine(hidden.to(c.product_dtype), up.to(c.product_dtype), bias.to(sum_dtype))
         if scale is not None:
             out = out * scale
-        # Backward copies three times for what is added to a view in place, and most products are views of others.
+        # For a sum in place of a view, as linear returns one, backward would copy three times; baddbmm returns none.
         in_place = not torch.is_grad_enabled() or (up.ndim == 3 and len(hidden) > 1)
         for added in (streams if c.add_input else None, None if c.skip is None else c.skip.reshape(streams.shape)):
             if added is not None:
-                out = out.add_(added) if in_place else out + added
+                out = out.add_(added) if in_place else (out + added).to(out.dtype)
         return out.expand(c.groups, -1, -1).reshape(c.out_samples, *x.shape[1:]).to(c.out_dtype)
 
 

@@ -5,8 +5,8 @@ backward needs. The backward `mosa_fast::NAME_backward` returns the gradients th
 none of this: autograd differentiates it. Nothing of a backend is imported before its first call.
 
 torch.library.custom_op would do the same with less code of ours. But for every call it fills in default values that no
-argument has, in time that grows with the square of their number: 90 of the 140 microseconds of Python of an adapter's
-forward, measured on one core. So the autograd formula is registered one level below it.
+argument has, in time that grows with the square of their number: some 90 microseconds for an adapter's forward, on one
+core. So the autograd formula is registered one level below it.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mosa_fast.ops import launching, reference
+from mosa_fast.ops.arguments import AdaptedMLPCall, SparseAdapterCall
 from mosa_fast.ops.backends import resolve_backend
 from mosa_fast.ops.call import check_device, check_scale, describe, product_dtype
-from mosa_fast.ops.calls import AdaptedMLPCall, SparseAdapterCall
 from mosa_fast.ops.prepare_weights import TENSORS, MasterWeights, PreparedWeights, layouts_of, prepare_weights
 from mosa_fast.ops.registration import Operator
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mosa_fast.ops import extension, launching
-from mosa_fast.ops.calls import SparseAdapterCall
+from mosa_fast.ops.arguments import SparseAdapterCall
 
 TILE = 64  # csrc/block.h: rows, columns and ranks of every tile
 ACTIVATIONS = ("gelu", "relu", "silu")  # csrc/numerics.h: `Activation`
@@ -34,14 +34,14 @@ def backward(call: SparseAdapterCall, grad_out: Tensor, saved: Sequence[Tensor],
     arrays |= {"grad_out": grad_out, "stats": stats, "pre": pre}
     for name in ("hidden", "grad_pre"):
         arrays[name] = launching.empty((c.out_rows, c.bottleneck), c.product_dtype, device)
-    programs, split = _tiles(c.rows_per_group) * (1 if c.fork else c.groups), NO_SPLIT
+    programs, split = launching.blocks(c.rows_per_group, TILE) * (1 if c.fork else c.groups), NO_SPLIT
     if "scale_tensor" in gradients:
         arrays["scale_partial"] = launching.empty((programs,), torch.float32, device)
     if "up_weight" in gradients:
         # Blocks that fill the chip twice over.
-        blocks = _tiles(c.width) * _tiles(c.bottleneck)
+        blocks = launching.blocks(c.width, TILE) * launching.blocks(c.bottleneck, TILE)
         split = launching.split_tokens(c, TILE, max(1, 2 * launching.multiprocessors(device) // blocks))
-        length = 2 * c.width * (c.bottleneck + _tiles(c.bottleneck))
+        length = 2 * c.width * (c.bottleneck + launching.blocks(c.bottleneck, TILE))
         arrays["partial"] = launching.empty((split.slices, length), torch.float32, device)
         arrays["up_sums"] = launching.empty((split.segments, c.width), torch.float32, device)
         arrays["down_sums"] = launching.empty((split.segments, c.bottleneck), torch.float32, device)
@@ -73,7 +73,3 @@ def _sizes(c: SparseAdapterCall, split: launching.Split, programs: int) -> dict[
 
 def _numbers(c: SparseAdapterCall) -> dict[str, float]:
     return {"scale": c.scale, "keep_scale": c.dropout_scale, "eps": c.eps}
-
-
-def _tiles(size: int) -> int:
-    return -(-size // TILE)

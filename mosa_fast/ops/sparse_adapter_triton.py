@@ -18,7 +18,7 @@ from mosa_fast.kernels.sparse_adapter_bwd_input import sparse_adapter_bwd_input_
 from mosa_fast.kernels.sparse_adapter_bwd_weight import sparse_adapter_bwd_weight_kernel
 from mosa_fast.kernels.sparse_adapter_fwd import sparse_adapter_fwd_kernel
 from mosa_fast.ops import launching, slots, triton_launching, triton_tiles
-from mosa_fast.ops.calls import SparseAdapterCall
+from mosa_fast.ops.arguments import SparseAdapterCall
 from mosa_fast.ops.triton_tiles import SUM_TILE
 
 # Of x that the weight gradients multiply as it lies in memory: not float16, whose range t / std may leave.

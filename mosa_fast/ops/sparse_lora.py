@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mosa_fast.ops import launching, reference
+from mosa_fast.ops.arguments import SparseLoRACall
 from mosa_fast.ops.backends import resolve_backend
 from mosa_fast.ops.call import check_columns, check_scale, describe, product_dtype
-from mosa_fast.ops.calls import SparseLoRACall
 from mosa_fast.ops.registration import Operator
 
 

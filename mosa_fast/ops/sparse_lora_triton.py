@@ -18,7 +18,7 @@ from mosa_fast.kernels.sparse_lora_bwd_input import sparse_lora_bwd_input_kernel
 from mosa_fast.kernels.sparse_lora_bwd_weight import sparse_lora_bwd_weight_kernel
 from mosa_fast.kernels.sparse_lora_fwd import sparse_lora_fwd_kernel
 from mosa_fast.ops import launching, slots, triton_columns, triton_launching, triton_tiles
-from mosa_fast.ops.calls import SparseLoRACall
+from mosa_fast.ops.arguments import SparseLoRACall
 from mosa_fast.ops.triton_tiles import SUM_TILE
 
 

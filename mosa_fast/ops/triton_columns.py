@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from mosa_fast.kernels.device_functions import NO_RANK
 from mosa_fast.ops import launching
-from mosa_fast.ops.calls import AdapterBankCall, SparseLoRACall
+from mosa_fast.ops.arguments import AdapterBankCall, SparseLoRACall
 from mosa_fast.ops.triton_tiles import Tile
 
 HasTargets = SparseLoRACall | AdapterBankCall

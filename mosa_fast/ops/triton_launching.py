@@ -25,7 +25,8 @@ def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, arguments: dict[str, 
     The arguments get the tile's sizes: a copy of so many would take as long as the rest of this function.
 
     Triton works out anew for every launch which of its compiled kernels goes with the arguments, in 25 microseconds. So
-    those that it hands out are kept here, by whatever it compiles for, and launched themselves from then on.
+    those that it hands out are kept here, by what it compiles for of the arguments, and launched themselves from then
+    on. Triton's switches (to debug or to instrument kernels) count when a kernel is launched for the first time.
     """
     arguments["BLOCK_ROWS"], arguments["BLOCK_COLUMNS"] = tile.rows, tile.columns
     parameters = _parameters_of(kernel)
@@ -60,8 +61,8 @@ class _Parameters:
 
 @cache
 def _parameters_of(kernel: Any) -> _Parameters:
-    constants = len(kernel.constexprs) if KEEPS_COMPILED else 0  # an interpreted kernel does not know its own
-    return _Parameters(itemgetter(*kernel.arg_names), len(kernel.arg_names) - constants)
+    constants = getattr(kernel, "constexprs", ())  # an interpreted kernel does not know its own
+    return _Parameters(itemgetter(*kernel.arg_names), len(kernel.arg_names) - len(constants))
 
 
 def _compiled_for(value: Any) -> Any:

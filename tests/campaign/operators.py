@@ -18,7 +18,7 @@ from kernel_cases import EAGER_FACTOR, LIMITS, Case, differentiable, error
 from lora_cases import LoRACase
 
 from mosa_fast.ops import backend, sparse_adapter, sparse_lora
-from mosa_fast.ops.calls import SparseAdapterCall, SparseLoRACall
+from mosa_fast.ops.arguments import SparseAdapterCall, SparseLoRACall
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 DTYPES = {"reference": (torch.float64, torch.float32, torch.float16, torch.bfloat16)}

@@ -1,4 +1,4 @@
-"""What the long campaigns count, in benchmarks/results/campaign.json, for the README's table of reliability."""
+"""What the long campaigns count, in benchmarks/results/campaign.json, for CONTRIBUTING's table of campaigns."""
 
 import json
 import time

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from kernel_cases import check, compare, make, poisoned, run
 
 from mosa_fast.ops import adapter_bank, backend
-from mosa_fast.ops.calls import AdapterBankCall
+from mosa_fast.ops.arguments import AdapterBankCall
 
 DTYPES = [torch.float32, torch.float16]
 BY_NAME = {case.name: case for case in CASES}

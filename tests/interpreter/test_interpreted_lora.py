@@ -8,7 +8,7 @@ from kernel_cases import check, compare, error, make, poisoned, run, variant
 from lora_cases import CASES, LoRACase
 
 from mosa_fast.ops import backend, sparse_lora
-from mosa_fast.ops.calls import SparseLoRACall
+from mosa_fast.ops.arguments import SparseLoRACall
 
 DTYPES = [torch.float32, torch.float16]
 BY_NAME = {case.name: case for case in CASES}

@@ -7,7 +7,7 @@ from kernel_cases import CASES, Case, error, make, run, variant
 from torch import nn
 
 from mosa_fast.ops import backend, sparse_adapter
-from mosa_fast.ops.calls import SparseAdapterCall
+from mosa_fast.ops.arguments import SparseAdapterCall
 from mosa_fast.ops.prepare_weights import MasterWeights, prepare_weights
 
 BY_NAME = {case.name: case for case in CASES}

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mosa_fast.ops.adapted_mlp_flops  # noqa: F401
 from mosa_fast.nn import SparseAdapter
 from mosa_fast.ops import adapted_mlp_reference, registration
-from mosa_fast.ops.calls import AdaptedMLPCall
+from mosa_fast.ops.arguments import AdaptedMLPCall
 from mosa_fast.ops.reference import project
 from mosa_fast.ops.registration import OPERATORS
 

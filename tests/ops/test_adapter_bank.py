@@ -5,7 +5,7 @@ from kernel_cases import make
 
 import mosa_fast as mosa
 from mosa_fast.ops import adapter_bank, sparse_adapter, sparse_lora
-from mosa_fast.ops.calls import AdapterBankCall
+from mosa_fast.ops.arguments import AdapterBankCall
 
 BY_NAME = {case.name: case for case in CASES}
 MERGED = torch.full((1, 2), -1, dtype=torch.int32)

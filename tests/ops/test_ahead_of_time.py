@@ -15,7 +15,7 @@ from benchmarks.machine_code.ahead_of_time import Compiled, compile_launch, laun
 from benchmarks.machine_code.calls import adapter_call, bank_call, lora_call
 from benchmarks.machine_code.sass import Code
 from mosa_fast.ops import triton_tiles
-from mosa_fast.ops.calls import SparseAdapterCall
+from mosa_fast.ops.arguments import SparseAdapterCall
 from mosa_fast.ops.prepare_weights import MOST_LAYERS
 from mosa_fast.ops.slots import PADDED_TO
 

@@ -14,7 +14,7 @@ from kernel_cases import CASES, Case, check, compare, make, poisoned, run
 
 import mosa_fast.csrc
 from mosa_fast.ops import backends, extension, philox, reference, slots, sparse_adapter_cuda
-from mosa_fast.ops.calls import SparseAdapterCall
+from mosa_fast.ops.arguments import SparseAdapterCall
 
 CSRC = Path(mosa_fast.csrc.__file__).parent
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from benchmarks.machine_code.calls import shape_of
 from mosa_fast.ops import sparse_adapter
-from mosa_fast.ops.calls import SparseAdapterCall
+from mosa_fast.ops.arguments import SparseAdapterCall
 
 D, R, E, N, T = 10, 6, 3, 4, 5
 
@@ -213,6 +213,19 @@ def test_backward_copies_nothing_for_a_sum_in_place(groups, fork, dense):
         nodes += [function for function, _ in node.next_functions if function is not None]
     assert "AccumulateGrad" in str(found)
     assert "CopySlices" not in str(found)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dense", [False, True])
+def test_numbers_are_the_same_with_and_without_gradients(groups, dense):
+    a = arguments(torch.float32)
+    a["experts"] = a["experts"][:groups]
+    if dense:
+        a |= {"up_owner": None, "up_bias": a["up_bias"][:1]}
+    a["skip"] = torch.randn_like(a["x"], dtype=torch.float64)  # of another dtype than the sums
+    out = sparse_adapter(**a | {"x": a["x"].requires_grad_()})
+    with torch.no_grad():
+        assert torch.equal(out, sparse_adapter(**a))
 
 
 def test_compiles_without_a_graph_break():

@@ -4,7 +4,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from benchmarks.machine_code.ahead_of_time import launches
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime.jit import create_function_from_signature
+
+from benchmarks.machine_code.ahead_of_time import TARGETS, launches, preparing
 from benchmarks.machine_code.calls import adapter_call, bank_call, lora_call
 from mosa_fast.ops import backends, triton_launching
 from mosa_fast.ops.triton_tiles import Tile
@@ -92,19 +95,41 @@ def test_another_device_has_kernels_of_its_own(launch, monkeypatch):
     assert launch(torch.zeros(64))[1] == 2
 
 
-@pytest.mark.skipif(backends.interpreted(), reason="Triton interprets here")
-@pytest.mark.parametrize("call", [adapter_call, bank_call, lora_call])
-def test_triton_compiles_for_no_number(call):
-    for launched in launches(call(), "sm_90"):
-        for parameter in launched.kernel.params:
-            value = launched.arguments[parameter.name]
-            if isinstance(value, int) and not parameter.is_constexpr:
-                assert parameter.do_not_specialize, f"{launched.name}'s {parameter.name}"
+def recorded():
+    """A launch of every kernel."""
+    call = adapter_call()
+    return [
+        *preparing(call, 2, "sm_90"),
+        *(launched for each in (call, bank_call(), lora_call()) for launched in launches(each, "sm_90")),
+    ]
+
+
+def changed(value):
+    """What an argument at run time may be instead: what Triton compiles another kernel for, and what it does not."""
+    if isinstance(value, torch.Tensor):
+        return [torch.zeros(64, dtype=value.dtype), torch.zeros(65, dtype=value.dtype)[1:], value.to(torch.int64), None]
+    if isinstance(value, tuple):
+        return [(*value[:-1], last) for last in changed(value[-1])]
+    return [1, 16, 17, 2**31] if isinstance(value, int) else [1.0]
 
 
 @pytest.mark.skipif(backends.interpreted(), reason="Triton interprets here")
-@pytest.mark.parametrize("call", [adapter_call, bank_call, lora_call])
-def test_constants_come_last(call):
-    for launched in launches(call(), "sm_90"):
-        constant = [parameter.is_constexpr for parameter in launched.kernel.params]
-        assert constant == sorted(constant), launched.name
+@pytest.mark.parametrize("launched", recorded(), ids=lambda launched: launched.name)
+def test_a_kernel_is_kept_for_what_triton_would_choose_it_for(launched, monkeypatch):
+    monkeypatch.setattr(triton_launching, "KEEPS_COMPILED", True)
+    kernel = launched.kernel
+    choose = create_function_from_signature(kernel.signature, kernel.params, CUDABackend(TARGETS["sm_90"]))
+    values = [launched.arguments[name] for name in kernel.arg_names]
+    constant = [parameter.is_constexpr for parameter in kernel.params]
+    assert constant == sorted(constant), "constants come last"
+    runtime = values[: constant.count(False)]
+    variants = [runtime]
+    for index, value in enumerate(runtime):
+        variants += [[*runtime[:index], other, *runtime[index + 1 :]] for other in changed(value)]
+    ours, theirs = [], []
+    for variant in variants:
+        _, specialization, _ = choose(*variant, *values[len(variant) :], **launched.tile.options())
+        ours.append(tuple(map(triton_launching._compiled_for, variant)))
+        theirs.append(str(specialization))
+    assert len(set(theirs)) > 1
+    assert len(set(ours)) == len(set(theirs)) == len(set(zip(ours, theirs, strict=True)))
