@@ -118,7 +118,7 @@ TILES: dict[tuple[str, str], dict[tuple[int, int], Tile]] = {
     },
     ("backward_weight", "ragged"): {
         (2, 64): Tile(16, 16, 8, 2),
-        (2, 128): Tile(16, 16, 8, 1),
+        (2, 128): Tile(16, 16, 8, 2),
         (2, 256): Tile(16, 16, 8, 1),
         (4, 64): Tile(16, 32, 8, 2),
         (4, 128): Tile(16, 16, 8, 2),
