@@ -119,12 +119,37 @@ class AdaptedMLPCall(MixtureCall, name="adapted_mlp"):
         return torch.promote_types(self.x.dtype, self.product_dtype)
 
 
+class TargetsCall(Call):
+    """What the operators on several targets share. Each target has columns of the output, and ranks, of its own.
+
+    columns: first and last but one column of every target, one pair after the other.
+    """
+
+    down_weight: Tensor
+    up_weight: Tensor
+    columns: tuple[int, ...]
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """The columns of every target, half-open."""
+        return list(zip(self.columns[::2], self.columns[1::2], strict=True))
+
+    @property
+    def rank(self) -> int:
+        """The rank of one target, r, or the bottleneck; of a bank, the largest of the tasks'."""
+        return self.up_weight.shape[-1]
+
+    @property
+    def ranks(self) -> int:
+        """The ranks of all targets, R = T r."""
+        return self.down_weight.shape[-2]
+
+
 @dataclass(frozen=True)
-class SparseLoRACall(Call, name="sparse_lora"):
+class SparseLoRACall(TargetsCall, name="sparse_lora"):
     """A call of `mosa_fast.ops.sparse_lora`, whose docstring says what the arguments mean.
 
-    columns: first and last but one column of every target, one pair after the other. scale_tensor, if given, stands in
-    for scale.
+    scale_tensor, if given, stands in for scale.
     """
 
     x: Annotated[Tensor, tensor("... D", gradient="input")]
@@ -142,24 +167,9 @@ class SparseLoRACall(Call, name="sparse_lora"):
     fork: bool
     product_dtype: torch.dtype
 
-    @property
-    def ranges(self) -> list[tuple[int, int]]:
-        """The columns of every target, half-open."""
-        return ranges_of(self.columns)
-
-    @property
-    def rank(self) -> int:
-        """The rank of one target, r."""
-        return self.up_weight.shape[1]
-
-    @property
-    def ranks(self) -> int:
-        """The ranks of all targets, R = T r."""
-        return self.down_weight.shape[0]
-
 
 @dataclass(frozen=True)
-class AdapterBankCall(Call, name="adapter_bank"):
+class AdapterBankCall(TargetsCall, name="adapter_bank"):
     """A call of `mosa_fast.ops.adapter_bank`, whose docstring says what the arguments mean.
 
     Every sample is a group, since it has a task of its own.
@@ -188,21 +198,6 @@ class AdapterBankCall(Call, name="adapter_bank"):
         return self.x.shape[0]
 
     @property
-    def ranges(self) -> list[tuple[int, int]]:
-        """The columns of every target, half-open."""
-        return ranges_of(self.columns)
-
-    @property
-    def rank(self) -> int:
-        """The bottleneck, or rank of one target, r: the largest of the tasks'."""
-        return self.up_weight.shape[2]
-
-    @property
-    def ranks(self) -> int:
-        """The ranks of all targets, R = T r."""
-        return self.down_weight.shape[1]
-
-    @property
     def out_width(self) -> int:
         """The width of the output, O."""
         return self.width if self.skip is None else self.skip.shape[-1]
@@ -213,8 +208,3 @@ class AdapterBankCall(Call, name="adapter_bank"):
         if self.skip is None:
             return self.x.dtype
         return torch.promote_types(self.x.dtype, self.skip.dtype) if self.add_input else self.skip.dtype
-
-
-def ranges_of(columns: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Half-open ranges, of first and last but one columns one pair after the other."""
-    return list(zip(columns[::2], columns[1::2], strict=True))

@@ -9,7 +9,7 @@ cases.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 import torch
@@ -78,7 +78,7 @@ class Call:
             return  # a part that operators share
         cls.NAME = name
         hints = get_type_hints(cls, include_extras=True)
-        parts = [part for part in reversed(cls.__mro__) if issubclass(part, Call) and part is not Call]
+        parts = [part for part in reversed(cls.__mro__) if part is cls or is_dataclass(part)]  # which have its fields
         hints = {field: hints[field] for part in parts for field in part.__annotations__}  # a dataclass's order
         annotated = {name: get_args(hint) for name, hint in hints.items() if hasattr(hint, "__metadata__")}
         types = {name: annotated[name][0] if name in annotated else hint for name, hint in hints.items()}

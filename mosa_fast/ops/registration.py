@@ -84,7 +84,7 @@ class Operator:
 
     def _forward(self, *arguments: Any) -> tuple[Tensor, ...]:
         *values, save, backend = arguments
-        call = self._call(values)
+        call = self.call.of(map(contiguous, values))
         out, *saved = self.results(call, save)
         if out.numel():
             with torch.cuda.device_of(call.x):  # kernels run on the current device
@@ -119,13 +119,7 @@ class Operator:
         between = slice(self.tensor_count, self.tensor_count + self.saved_count + 1)
         *saved, grad_out = map(contiguous, arguments[between])
         *values, needed, added_dtype, backend = arguments[: between.start] + arguments[between.stop :]
-        return self._call(values), saved, grad_out, needed, added_dtype, backend
-
-    def _call(self, values: list[Any]) -> Any:
-        """The call with these arguments, each tensor in one piece."""
-        tensors = values[: self.tensor_count]
-        values[: self.tensor_count] = [None if tensor is None else tensor.contiguous() for tensor in tensors]
-        return self.call.of(values)
+        return self.call.of(map(contiguous, values)), saved, grad_out, needed, added_dtype, backend
 
     def chosen(self, needed: Sequence[bool]) -> list[str]:
         """The names of the gradients that are asked for; `needed` goes with `differentiable`."""

@@ -153,8 +153,7 @@ def _check_prepared(call: SparseAdapterCall, prepared: PreparedWeights) -> None:
             raise ValueError(
                 f"prepared must be made for such a call: its {name} must be {wanted}, got {describe(tensor)}"
             )
-        if tensor.device != call.x.device:
-            check_device(f"prepared's {name}", tensor, call.x)
+        check_device(f"prepared's {name}", tensor, call.x)
 
 
 def as_tensor(seed: int | Tensor, device: torch.device) -> Tensor:

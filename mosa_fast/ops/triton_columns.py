@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from mosa_fast.kernels.device_functions import NO_RANK
 from mosa_fast.ops import launching
-from mosa_fast.ops.arguments import AdapterBankCall, SparseLoRACall
+from mosa_fast.ops.arguments import TargetsCall
 from mosa_fast.ops.triton_tiles import Tile
 
-HasTargets = SparseLoRACall | AdapterBankCall
 Ranges = tuple[tuple[int, int, int, int], ...]
 
 
-def targets(call: HasTargets) -> Ranges:
+def targets(call: TargetsCall) -> Ranges:
     """Each target's columns, first row of the up-weight, and first rank."""
     found, row = [], 0
     for target, (start, stop) in enumerate(call.ranges):
@@ -24,7 +23,7 @@ def targets(call: HasTargets) -> Ranges:
     return tuple(found)
 
 
-def all_columns(call: HasTargets, out_width: int) -> Ranges:
+def all_columns(call: TargetsCall, out_width: int) -> Ranges:
     """The targets' ranges, and between them those of no target."""
     found, end = [], 0
     for target in targets(call):

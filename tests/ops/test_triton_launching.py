@@ -115,8 +115,7 @@ def changed(value):
 
 @pytest.mark.skipif(backends.interpreted(), reason="Triton interprets here")
 @pytest.mark.parametrize("launched", recorded(), ids=lambda launched: launched.name)
-def test_a_kernel_is_kept_for_what_triton_would_choose_it_for(launched, monkeypatch):
-    monkeypatch.setattr(triton_launching, "KEEPS_COMPILED", True)
+def test_a_kernel_is_kept_for_what_triton_would_choose_it_for(launched):
     kernel = launched.kernel
     choose = create_function_from_signature(kernel.signature, kernel.params, CUDABackend(TARGETS["sm_90"]))
     values = [launched.arguments[name] for name in kernel.arg_names]
