@@ -1,6 +1,7 @@
 """Adapters inside their MLPs' products: what models compute so, and where it is refused or not chosen."""
 
 import copy
+import gc
 import itertools
 import re
 import shutil
@@ -150,6 +151,7 @@ def test_one_compiled_graph_serves_every_draw(backend):
 
 def peak_memory(run):
     """The most bytes that a run has allocated at once, on top of what was there, by the allocator's own events."""
+    gc.collect()  # what other tests left in cycles, freed meanwhile, would count against the run's own
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
