@@ -169,6 +169,7 @@ def test_a_step_needs_no_more_memory_than_with_the_branch(checkpointing):
             model.set_grad_checkpointing()
         images = torch.randn(8, 3, 64, 64)
         step(model, images, 0)  # what the first step makes and keeps
+        model.zero_grad()  # the profile does not know the sizes of what was made before it, and counts some of them
         peaks[form] = peak_memory(lambda model=model, images=images: step(model, images, 1))
     assert 0 < peaks["mlp"] <= peaks["branch"]
 
