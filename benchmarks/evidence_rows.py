@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mosa_fast.sweep_records import read_records
-from mosa_fast.sweep_runs import essential
+from mosa_fast.sweeps.records import read_records
+from mosa_fast.sweeps.runs import essential
 
 STEPS = 520  # of the shortest schedule, about
 YARDSTICK = "dense"

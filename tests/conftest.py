@@ -42,7 +42,7 @@ def command(monkeypatch, capsys):
 @pytest.fixture
 def _no_git(monkeypatch):
     """All that is trained now is of the commit abc."""
-    monkeypatch.setattr("mosa_fast.sweep_runs.commit", lambda: "abc")
+    monkeypatch.setattr("mosa_fast.sweeps.runs.commit", lambda: "abc")
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def trainings(monkeypatch):
         (out / "summary.json").write_text(json.dumps(summary))
         return type("Done", (), {"returncode": 0})
 
-    monkeypatch.setattr("mosa_fast.sweep_runs.subprocess.run", train)
+    monkeypatch.setattr("mosa_fast.sweeps.runs.subprocess.run", train)
     return calls
 
 

@@ -26,9 +26,7 @@ LAYERS = (
     "adapters",  # layers into timm models
     "mosa_fast",  # the package's own __init__: what users import
     "training formats",
-    # command lines
-    "train evaluate predict export info __main__ assets.pretrain assets.drawings "
-    "sweep sweep_arguments sweep_jobs sweep_ray sweep_records sweep_runs sweep_search sweep_table",
+    "train evaluate predict export sweep sweeps info __main__ assets.pretrain assets.drawings",  # command lines
 )
 
 

@@ -18,7 +18,7 @@ from mosa_fast.data.vtab import TASKS as VTAB
 from mosa_fast.methods import METHODS
 from mosa_fast.nn.mixture import adapters
 from mosa_fast.recipes import find_recipe, load_grid, load_recipe, merge, packaged
-from mosa_fast.sweep_arguments import FOLDERS_OF_PARTS
+from mosa_fast.sweeps.arguments import FOLDERS_OF_PARTS
 from mosa_fast.train import parse
 from mosa_fast.training.model import build_model, count_trained
 

@@ -11,7 +11,7 @@ from test_configurations import outcome
 from test_files import mutated
 
 from mosa_fast import predict, train
-from mosa_fast.sweep_records import Records
+from mosa_fast.sweeps.records import Records
 
 SEED = 15
 FIELDS = (

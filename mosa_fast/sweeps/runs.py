@@ -16,7 +16,7 @@ from mosa_fast.config import TrainConfig
 from mosa_fast.options import facts_of, flat
 from mosa_fast.recipes import load_recipe
 from mosa_fast.run_folder import RunFolder
-from mosa_fast.sweep_table import Options
+from mosa_fast.sweeps.table import Options
 
 STOPPED = (130, 143, -2, -15)  # exit codes of a run that SIGINT or SIGTERM stopped
 Summary = dict[str, Any]

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from mosa_fast import sweep_runs
 from mosa_fast.run_folder import RunFolder
-from mosa_fast.sweep import main, sweep
-from mosa_fast.sweep_arguments import find_recipes
-from mosa_fast.sweep_records import Records, read_records, recipe_at
-from mosa_fast.sweep_runs import Run
-from mosa_fast.sweep_table import make_rows
+from mosa_fast.sweep import main
+from mosa_fast.sweeps import runs
+from mosa_fast.sweeps.arguments import find_recipes
+from mosa_fast.sweeps.records import Records, read_records, recipe_at
+from mosa_fast.sweeps.runs import Run
+from mosa_fast.sweeps.sweep import sweep
+from mosa_fast.sweeps.table import make_rows
 
 pytestmark = pytest.mark.usefixtures("_no_git")
 
@@ -41,7 +42,7 @@ def test_every_finished_run_is_one_line_of_the_records(tmp_path, trainings, comm
 def test_a_record_has_the_commit_that_its_run_was_made_by(tmp_path, trainings, monkeypatch):
     rows = make_rows(find_recipes(["digits"]))
     sweep(rows, [1], {}, tmp_path)
-    monkeypatch.setattr(sweep_runs, "commit", lambda: "def")
+    monkeypatch.setattr(runs, "commit", lambda: "def")
     sweep(rows, [1, 2], {}, tmp_path, records=tmp_path / "records.jsonl")
     lines = (tmp_path / "records.jsonl").read_text().splitlines()
     assert [json.loads(line)["commit"] for line in lines] == ["abc", "def"]

@@ -7,8 +7,8 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Protocol, TypeVar, runtime_checkable
 
-from mosa_fast.sweep_records import Records
-from mosa_fast.sweep_runs import Run, Start, Summary, as_process
+from mosa_fast.sweeps.records import Records
+from mosa_fast.sweeps.runs import Run, Start, Summary, as_process
 
 T = TypeVar("T")
 # Gives runs, gets their summaries (None: it failed), until it returns what it found.

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from mosa_fast.recipes import load_recipe
-from mosa_fast.sweep_runs import Run, Summary, essential, without_free
+from mosa_fast.sweeps.runs import Run, Summary, essential, without_free
 
 KEPT = (  # of a run's summary, in its record
     *("val_accuracy", "test_accuracy", "last_test_accuracy", "selected_epoch", "epochs", "steps", "bad_steps"),

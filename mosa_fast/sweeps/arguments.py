@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mosa_fast.recipes import find_recipe, packaged
-from mosa_fast.sweep_table import Options
+from mosa_fast.sweeps.table import Options
 
 FOLDERS_OF_PARTS = ("base", "backbones", "methods")  # what recipes are made from
 

@@ -6,13 +6,14 @@ import threading
 import pytest
 
 from mosa_fast import sweep as module
-from mosa_fast import sweep_runs
 from mosa_fast.data import digits
 from mosa_fast.run_folder import RunFolder
-from mosa_fast.sweep import main, sweep
-from mosa_fast.sweep_arguments import find_recipes, parse_grid, parse_seeds, parse_variants
-from mosa_fast.sweep_runs import Run
-from mosa_fast.sweep_table import Results, groups, make_rows, table
+from mosa_fast.sweep import main
+from mosa_fast.sweeps import runs
+from mosa_fast.sweeps.arguments import find_recipes, parse_grid, parse_seeds, parse_variants
+from mosa_fast.sweeps.runs import Run
+from mosa_fast.sweeps.sweep import sweep
+from mosa_fast.sweeps.table import Results, groups, make_rows, table
 from mosa_fast.train import main as train_main
 
 FAST = ["--data.shots=1", "--optim.epochs=1", "--optim.batch_size=10"]
@@ -30,7 +31,7 @@ def test_a_sweep_of_real_runs(tmp_path, monkeypatch, command):
             train_main()
         return type("Done", (), {"returncode": 0})
 
-    monkeypatch.setattr(sweep_runs.subprocess, "run", train_here)
+    monkeypatch.setattr(runs.subprocess, "run", train_here)
     monkeypatch.setattr(digits, "TEST_PER_CLASS", 5)
     monkeypatch.setattr(digits, "VAL_PER_CLASS", 5)
     arguments = ["--configs", "digits", "--out", tmp_path, "--seeds", 2, "--grid", "optim.lr=1e-9,5e-3", *FAST]
@@ -68,7 +69,7 @@ def test_results_of_other_settings_are_not_taken_for_these(tmp_path, trainings):
     recipe = tmp_path / "own.yaml"
     recipe.write_text("seed: 5\n")
     run = Run(recipe, (), RunFolder(tmp_path / "run"), "test_accuracy")
-    run.execute(sweep_runs.as_process)
+    run.execute(runs.as_process)
     recipe.write_text("seed: 6\n")
     with pytest.raises(ValueError, match="other settings"):
         run.summary()
@@ -159,14 +160,14 @@ def test_a_search_may_be_the_mean_over_seeds_which_the_adapters_get_too(tmp_path
 
 
 def test_a_point_that_failed_with_one_seed_is_not_chosen(tmp_path, trainings, monkeypatch):
-    train = sweep_runs.subprocess.run
+    train = runs.subprocess.run
 
     def fails_once(words):
         if "--optim.lr=5e-3" in words and "--seed=8" in words:
             return type("Done", (), {"returncode": 2})
         return train(words)
 
-    monkeypatch.setattr(sweep_runs.subprocess, "run", fails_once)
+    monkeypatch.setattr(runs.subprocess, "run", fails_once)
     grid = parse_grid(["optim.lr=1e-3,5e-3"])
     results = sweep(make_rows(find_recipes(["digits"])), [1], grid, tmp_path, search_seeds=[7, 8])
     assert trainings[-1]["optim.lr"] == "1e-3"
@@ -186,13 +187,13 @@ def test_uphill_trains_only_what_lies_on_the_way_to_the_summit(tmp_path, trainin
 
 
 def test_an_idle_process_takes_a_run_of_the_next_row(tmp_path, trainings, monkeypatch, command):
-    both, train = threading.Barrier(2, timeout=20), sweep_runs.subprocess.run
+    both, train = threading.Barrier(2, timeout=20), runs.subprocess.run
 
     def wait_for_another(words):
         both.wait()  # broken, unless two are there at once
         return train(words)
 
-    monkeypatch.setattr(sweep_runs.subprocess, "run", wait_for_another)
+    monkeypatch.setattr(runs.subprocess, "run", wait_for_another)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     code, _, _ = command(main, "--configs", "digits/linear", "digits/full", "--out", tmp_path, "--processes", 2)
     assert code == 0
@@ -205,13 +206,13 @@ def test_seeds_are_a_number_or_a_list():
 
 
 def test_processes_run_side_by_side_and_divide_the_cores(tmp_path, trainings, monkeypatch, command):
-    both, train = threading.Barrier(2, timeout=20), sweep_runs.subprocess.run
+    both, train = threading.Barrier(2, timeout=20), runs.subprocess.run
 
     def wait_for_another(words):
         both.wait()  # broken, unless two are there at once
         return train(words)
 
-    monkeypatch.setattr(sweep_runs.subprocess, "run", wait_for_another)
+    monkeypatch.setattr(runs.subprocess, "run", wait_for_another)
     monkeypatch.setattr(module.os, "cpu_count", lambda: 6)
     monkeypatch.setenv("OMP_NUM_THREADS", "9")  # so that it is restored, whatever it was
     monkeypatch.delenv("OMP_NUM_THREADS")
@@ -228,7 +229,7 @@ def test_an_interruption_of_one_process_starts_no_other(tmp_path, trainings, mon
         started.append(words)
         return type("Done", (), {"returncode": 130})
 
-    monkeypatch.setattr(sweep_runs.subprocess, "run", stopped)
+    monkeypatch.setattr(runs.subprocess, "run", stopped)
     code, _, _ = command(main, "--configs", "digits", "--out", tmp_path, "--seeds", 50, "--processes", 2)
     assert code == 130
     assert len(started) < 50
@@ -268,7 +269,7 @@ def test_an_interruption_cancels_trainings_that_do_not_get_it(tmp_path):
 
 
 def test_an_interruption_stops_and_says_how_to_go_on(tmp_path, monkeypatch, command):
-    monkeypatch.setattr(sweep_runs.subprocess, "run", lambda command: type("Done", (), {"returncode": 130}))
+    monkeypatch.setattr(runs.subprocess, "run", lambda command: type("Done", (), {"returncode": 130}))
     code, _, error = command(main, "--configs", "digits", "--out", tmp_path)
     assert code == 130
     assert "the same command goes on from here" in error
