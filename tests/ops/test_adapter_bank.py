@@ -144,6 +144,8 @@ def test_there_is_no_gradient():
     a["x"].requires_grad_()
     with pytest.raises(RuntimeError, match="adapter_bank is for evaluation: it has no gradient"):
         adapter_bank(**a).sum().backward()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="adapter_bank is for evaluation: it has no gradient"):
+        torch.func.jvp(lambda x: adapter_bank(**a | {"x": x}), (a["x"],), (a["x"],))
 
 
 def test_the_output_shares_no_memory_and_nothing_is_written_to():
