@@ -26,6 +26,7 @@ SCHEMA_TYPES = {
     torch.dtype: "ScalarType",
 }
 REST = "..."  # in a shape: whatever sizes x has before its last
+MAX_EXPERTS = 256  # that owners, uint8, can tell apart
 ANY_COUNT = "E"  # in a shape: a size that no other tensor has to agree with
 
 Gradient = Literal["input", "weight", "scale"]
@@ -185,6 +186,12 @@ def product_dtype_of(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
         return torch.get_autocast_dtype(device.type)
     return dtype
+
+
+def check_experts(name: str, count: int) -> None:
+    """Raise a ValueError unless owners can tell the experts of a split projection apart; name: what counts them."""
+    if count > MAX_EXPERTS:
+        raise ValueError(f"{name} is for {count} experts, but owners, uint8, tell at most {MAX_EXPERTS} apart")
 
 
 def check_device(name: str, value: Tensor, x: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from mosa_fast.ops import launching, reference
 from mosa_fast.ops.arguments import SparseLoRACall
 from mosa_fast.ops.backends import resolve_backend
-from mosa_fast.ops.call import check_columns, check_scale, describe, product_dtype
+from mosa_fast.ops.call import check_columns, check_experts, check_scale, describe, product_dtype
 from mosa_fast.ops.registration import Operator
 
 
@@ -110,3 +110,4 @@ def _check(call: SparseLoRACall) -> None:
         )
     if c.num_experts < 1:
         raise ValueError(f"num_experts must be at least 1, got {c.num_experts}")
+    check_experts("num_experts", c.num_experts)

@@ -278,6 +278,9 @@ def test_bad_arguments_are_named():
         inside(adapter, mlp | {"fc2_weight": mlp["fc1_weight"]}, stream(), experts)
     with pytest.raises(ValueError, match="fc1_weight must be frozen"):
         inside(adapter, mlp | {"fc1_weight": mlp["fc1_weight"].requires_grad_()}, stream(), experts)
+    adapter.up.bias = torch.nn.Parameter(torch.zeros(300, WIDTH).double())
+    with pytest.raises(ValueError, match="up_bias is for 300 experts"):
+        inside(adapter, frozen(torch.float64, False), stream(), experts)
     with pytest.raises(RuntimeError, match="backend 'triton' has no adapted_mlp kernels"):
         registration.launchers("adapted_mlp", "triton")
 
