@@ -305,7 +305,9 @@ def test_derivatives_that_the_products_have_not_take_the_branch(form):
     for block in blocks(model):
         block.form = "branch"
     expected = derivatives()
-    assert all(expected[name].abs().max() > 0 for name in ("jvp", "jvp without grad", "backbone.blocks.1.adapter.up.weight"))
+    assert all(
+        expected[name].abs().max() > 0 for name in ("jvp", "jvp without grad", "backbone.blocks.1.adapter.up.weight")
+    )
     torch.testing.assert_close(found, expected)
 
 
