@@ -23,11 +23,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-from mosa_fast.command_line import CommandParser, leave, one_line_errors, parse_options
+from mosa_fast.command_line import CommandParser, leave, one_line_errors
 from mosa_fast.config import TrainConfig
 from mosa_fast.files import write_text
 from mosa_fast.recipes import load_grid, load_recipe
 from mosa_fast.run_folder import RunFolder
+from mosa_fast.run_options import parse_options
 from mosa_fast.sweep_arguments import Grid, find_recipes, label, parse_grid, parse_seeds, parse_variants
 from mosa_fast.sweep_jobs import Job, execute
 from mosa_fast.sweep_records import Records
