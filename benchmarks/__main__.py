@@ -13,8 +13,9 @@ import torch
 from benchmarks.cases import CASES, COPY
 from benchmarks.contenders import CONTENDERS
 from benchmarks.machine import environment
+from benchmarks.measure import profile, run_suite
 from benchmarks.results import FOLDER, compare, read, write
-from benchmarks.suite import SUITES, profile, run_suite
+from benchmarks.suite import SUITES
 
 
 def main() -> None:

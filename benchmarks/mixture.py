@@ -37,10 +37,10 @@ from benchmarks.results import FOLDER, markdown_table, publish
 from mosa_fast.adapters.model import AdaptedModel
 from mosa_fast.backbones.create import input_size
 from mosa_fast.backbones.frozen import set_training
-from mosa_fast.command_line import parse_options
 from mosa_fast.config import TrainConfig
 from mosa_fast.data.loading import batches, train_loader
 from mosa_fast.methods import METHODS
+from mosa_fast.run_options import parse_options
 from mosa_fast.training.distributed import Ranks
 from mosa_fast.training.model import build_model
 from mosa_fast.training.optim import make_optimizer, make_schedule

@@ -32,7 +32,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.machine import environment
 from benchmarks.results import FOLDER, markdown_table
 from benchmarks.timing import Work, interleaved
-from mosa_fast.command_line import parse
 from mosa_fast.config import TrainConfig
 from mosa_fast.data import make_transforms, preprocessing_of
 from mosa_fast.data.fgvc import MULTITASK_CLASSES, SETS
@@ -40,6 +39,7 @@ from mosa_fast.data.gicd import TASKS as GICD
 from mosa_fast.data.vtab import TASKS as VTAB
 from mosa_fast.methods import METHODS
 from mosa_fast.recipes import packaged
+from mosa_fast.run_options import parse
 from mosa_fast.training.model import build_model
 
 RESULTS = FOLDER / "scaling.json"

@@ -11,7 +11,7 @@ import sys
 from importlib import metadata
 
 import mosa_fast
-from mosa_fast.command_line import CommandParser, broken, one_line_errors, parse_options
+from mosa_fast.command_line import CommandParser, broken, one_line_errors
 from mosa_fast.config import TrainConfig
 
 
@@ -99,6 +99,8 @@ def main(arguments: list[str] | None = None) -> None:
         if options.config is None and not others:
             print(describe())
             return
+        from mosa_fast.run_options import parse_options  # with packages that the report on a machine does without
+
         recipes = [word for recipe in options.config or () for word in ("--config", recipe)]
         print(weights(parse_options([*recipes, *others], "info", parser.description or "")))
 

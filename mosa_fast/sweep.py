@@ -22,9 +22,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mosa_fast.command_line import CommandParser, leave, one_line_errors, parse_options
+from mosa_fast.command_line import CommandParser, leave, one_line_errors
 from mosa_fast.files import write_text
 from mosa_fast.recipes import load_grid
+from mosa_fast.run_options import parse_options
 from mosa_fast.sweeps.arguments import Grid, find_recipes, parse_grid, parse_seeds, parse_variants
 from mosa_fast.sweeps.runs import Start, as_process
 from mosa_fast.sweeps.sweep import SEARCHES, sweep

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 
-from mosa_fast.command_line import check_packages, leave, one_line_errors, parse
+from mosa_fast.command_line import check_packages, leave, one_line_errors
+from mosa_fast.run_options import parse
 
 
 def main(arguments: list[str] | None = None) -> None:

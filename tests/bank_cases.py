@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kernel_cases import generator_of
+from kernel_cases import generator_of, make
 
 from benchmarks.machine_code.calls import shape_of
 from mosa_fast.ops.arguments import AdapterBankCall
@@ -95,3 +95,11 @@ CASES = [
     BankCase("feature_maps", shape=(2, 3)),
     BankCase("far_from_zero", offset=30.0),
 ]
+
+
+def operator_arguments(case: BankCase) -> list[Any]:
+    """What the public function hands to torch.ops.mosa_fast.adapter_bank, but for the backend."""
+    values = make(case, torch.float32, "cpu")
+    values["columns"] = [column for columns in case.columns or ((0, 96),) for column in columns]
+    values["product_dtype"] = torch.float32
+    return [values[key] for key in (*AdapterBankCall.TENSORS, *AdapterBankCall.OPTIONS)]

@@ -2,7 +2,6 @@ from dataclasses import asdict
 
 import pytest
 
-from mosa_fast.command_line import parse
 from mosa_fast.config import (
     DataConfig,
     LoaderConfig,
@@ -14,6 +13,7 @@ from mosa_fast.config import (
 )
 from mosa_fast.methods import METHODS
 from mosa_fast.options import facts_of
+from mosa_fast.run_options import parse
 from mosa_fast.training.checkpoint import changes
 
 

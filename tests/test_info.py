@@ -1,4 +1,6 @@
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -51,3 +53,10 @@ def test_a_mistake_is_one_line(command, arguments, message):
     assert code == 2
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_the_report_on_the_machine_needs_no_packages_of_runs():
+    code = "import sys; sys.modules.update(dict.fromkeys(['jsonargparse', 'yaml', 'tqdm']))"
+    code += "; from mosa_fast import info; info.main([])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "backend reference" in found.stdout

@@ -71,7 +71,8 @@ def fold(model: AdaptedModel, create_kwargs: Mapping[str, Any] | None = None) ->
         for name, block in blocks.items()
         if not block.linears
     }
-    kwargs, structure = _wider(plain, dict(create_kwargs or getattr(plain, "_model_args", {})), blocks, needed)
+    known = getattr(plain, "_model_args", None) if create_kwargs is None else create_kwargs
+    kwargs, structure = _wider(plain, known, blocks, needed)
     for name in blocks:
         plain.set_submodule(unwrapped_name(name), _folded_block(plain.get_submodule(name)))
     wider_modules: dict[str, Any] = dict(structure.named_modules())
@@ -96,13 +97,15 @@ def why_not_folded(block: AdaptedBlock) -> str | None:
 
 
 def _wider(
-    plain: Any, kwargs: dict[str, Any], blocks: Mapping[str, Any], needed: Mapping[str, int]
+    plain: Any, known: Mapping[str, Any] | None, blocks: Mapping[str, Any], needed: Mapping[str, int]
 ) -> tuple[dict[str, Any], Any]:
     """Arguments of timm.create_model that give every block an MLP of at least the needed width, and what they make."""
-    kwargs = kwargs | {"num_classes": plain.num_classes}
     name = (getattr(plain, "pretrained_cfg", None) or {}).get("architecture")
     if not name:
         raise ValueError("fold needs a model that timm.create_model made: this one does not know its name")
+    if known is None:  # not guessed: another number of heads, say, makes a model of the same shapes
+        raise ValueError("this model's timm did not keep what it was made with (1.0.20): give fold its create_kwargs")
+    kwargs = {**known, "num_classes": plain.num_classes}
     if not needed:
         return kwargs, structure_of(name, **kwargs)
     stages: dict[str, float] = {}

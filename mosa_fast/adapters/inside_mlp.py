@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from timm.layers import GELU, DropPath, LayerScale, Mlp
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 import mosa_fast.ops.adapted_mlp_flops  # noqa: F401  # registers what is counted
@@ -15,6 +14,7 @@ from mosa_fast.adapters.seams import seam_of
 from mosa_fast.backbones.frozen import drop_rate
 from mosa_fast.nn import SparseAdapter
 from mosa_fast.ops import get_backend
+from mosa_fast.ops.registration import beyond_reverse_mode
 
 # Where the products of the MLP have been measured to be faster than the branch (docs/design.md).
 FASTER_ON = ("cpu",)
@@ -24,6 +24,7 @@ FASTER_ON = ("cpu",)
 FASTER_FROM = 2**18
 # What may stand between the products, since what it computes is known; a subclass may compute something else.
 KNOWN = (nn.Identity, nn.Dropout, DropPath, LayerScale)
+OTHER_DERIVATIVES = "a transform of torch.func or forward-mode differentiation runs"
 
 
 def why_branch(block: Any, values: int | None = None) -> str | None:
@@ -35,7 +36,11 @@ def why_branch(block: Any, values: int | None = None) -> str | None:
     """
     if block.form == "branch":
         return "its configuration says so"
-    return (None if block.form == "mlp" else _why_not_faster(block, values)) or why_not_inside(block)
+    if block.form == "auto" and (reason := _why_not_faster(block, values)) is not None:
+        return reason
+    if not torch.compiler.is_compiling() and beyond_reverse_mode():
+        return OTHER_DERIVATIVES
+    return why_not_inside(block)
 
 
 def is_inside(block: Any, values: int | None = None) -> bool:
@@ -45,7 +50,7 @@ def is_inside(block: Any, values: int | None = None) -> bool:
         ValueError: its configuration asks for the form mlp, which is not exact here; the message says why.
     """
     reason = why_branch(block, values)
-    if reason is not None and block.form == "mlp":
+    if block.form == "mlp" and reason not in (None, OTHER_DERIVATIVES):
         raise ValueError(f"form mlp is not exact in a {type(block.block).__name__}: {reason}; use auto or branch")
     return reason is None
 
@@ -61,9 +66,6 @@ def _why_not_faster(block: Any, values: int | None) -> str | None:
         return "in half precision the other form is not faster"
     if torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing():
         return "a compiler sees more in the branch, and an exported program needs no operator of this package"
-    # Derivatives that the operator has not: torch.func's transforms and forward mode.
-    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
-        return "a transform of torch.func or forward-mode differentiation runs"
     if values is not None and values < FASTER_FROM:
         return f"its input has fewer than {FASTER_FROM:,} values"
     return None

@@ -162,8 +162,9 @@ def _shorten(lines: list[str]) -> list[str]:
 
 def main() -> None:
     """Check the data set of a recipe; options are those of mosa_fast.train."""
-    from mosa_fast.command_line import check_packages, one_line_errors, parse_options
+    from mosa_fast.command_line import check_packages, one_line_errors
     from mosa_fast.data import load_data
+    from mosa_fast.run_options import parse_options
 
     with one_line_errors():
         description = "Is a data set what it should be? Reads all of it; its options are those of a run."

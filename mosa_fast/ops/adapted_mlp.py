@@ -137,6 +137,8 @@ def results(call: AdaptedMLPCall, save: bool) -> tuple[Tensor, ...]:
 class _AdaptedMLP(Operator):
     """The operator; its gradients, where they are to be differentiated themselves, are those of the formula."""
 
+    other_derivatives = "sparse_adapter on the reference backend"
+
     def recorded_backward(self, *arguments: Any) -> list[Tensor]:
         """The backward as autograd records it: its own way through the formula, computed again."""
         call, _saved, grad_out, needed, _added_dtype, _backend = self._backward_arguments(arguments)

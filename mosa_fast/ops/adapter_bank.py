@@ -10,7 +10,7 @@ from torch import Tensor
 from mosa_fast.ops import launching, reference
 from mosa_fast.ops.arguments import AdapterBankCall
 from mosa_fast.ops.backends import resolve_backend
-from mosa_fast.ops.call import check_columns, check_device, describe, product_dtype
+from mosa_fast.ops.call import check_device, check_norm, check_targets, describe, product_dtype
 from mosa_fast.ops.evaluation_operator import EvaluationOperator
 
 
@@ -101,19 +101,12 @@ def _check(call: AdapterBankCall) -> None:
     if c.tasks.dtype != torch.int32 or c.tasks.shape != (samples,):
         raise ValueError(f"tasks must be int32 [{samples}], one for each sample of x, got {describe(c.tasks)}")
     check_device("tasks", c.tasks, c.x)
-    if (c.norm_weight is None) != (c.norm_bias is None):
-        missing = "norm_weight" if c.norm_weight is None else "norm_bias"
-        raise ValueError(f"{missing} is None, but the other is not: give both or neither")
+    check_norm(c.norm_weight, c.norm_bias)
     if c.add_input and c.out_width != c.width:
         raise ValueError(
             f"x is {c.width} wide and cannot be added to an output of {c.out_width}: add_input must be False"
         )
-    check_columns(c.ranges, "the output", c.out_width, c.up_weight)
-    if c.ranks != len(c.ranges) * c.rank:
-        raise ValueError(
-            f"down_weight must have {c.rank} rows (the rank of up_weight) for each of {len(c.ranges)} targets, "
-            f"got {describe(c.down_weight)}"
-        )
+    check_targets(c.ranges, "the output", c.out_width, c.down_weight, c.up_weight)
     known = (*reference.ACTIVATIONS, reference.IDENTITY)
     if c.activation not in known:
         raise ValueError(f"activation must be one of {', '.join(known)}, got {c.activation!r}")

@@ -26,6 +26,7 @@ SCHEMA_TYPES = {
     torch.dtype: "ScalarType",
 }
 REST = "..."  # in a shape: whatever sizes x has before its last
+MAX_EXPERTS = 256  # that owners, uint8, can tell apart
 ANY_COUNT = "E"  # in a shape: a size that no other tensor has to agree with
 
 Gradient = Literal["input", "weight", "scale"]
@@ -165,14 +166,28 @@ class Call:
             raise ValueError(f"experts has {self.groups} groups, which do not divide the {x.shape[0]} samples of x")
 
 
-def check_columns(ranges: Sequence[tuple[int, int]], y: str, out_width: int, up_weight: Tensor) -> None:
-    """Raise a ValueError unless ranges of y's columns are ascending, and the up-weight has a row for each column."""
+def check_targets(
+    ranges: Sequence[tuple[int, int]], y: str, out_width: int, down_weight: Tensor, up_weight: Tensor
+) -> None:
+    """Raise a ValueError unless ranges of y's columns are ascending, and weights have the rows of its targets."""
     ends = [0, *(end for start_and_stop in ranges for end in start_and_stop), out_width]
     if ends != sorted(ends) or any(start == stop for start, stop in ranges):
         raise ValueError(f"columns must be ascending ranges within the {out_width} columns of {y}, got {ranges}")
-    width = sum(stop - start for start, stop in ranges)
+    width, rank = sum(stop - start for start, stop in ranges), up_weight.shape[-1]
     if up_weight.shape[-2] != width:
         raise ValueError(f"up_weight must have a row for each of the {width} columns, got {describe(up_weight)}")
+    if down_weight.shape[-2] != len(ranges) * rank:
+        raise ValueError(
+            f"down_weight must have {rank} rows (the rank of up_weight) for each of {len(ranges)} targets, "
+            f"got {describe(down_weight)}"
+        )
+
+
+def check_norm(weight: Tensor | None, bias: Tensor | None) -> None:
+    """Raise a ValueError unless a norm is there with both or not at all."""
+    if (weight is None) != (bias is None):
+        missing = "norm_weight" if weight is None else "norm_bias"
+        raise ValueError(f"{missing} is None, but the other is not: give both or neither")
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -185,6 +200,12 @@ def product_dtype_of(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
         return torch.get_autocast_dtype(device.type)
     return dtype
+
+
+def check_experts(name: str, count: int) -> None:
+    """Raise a ValueError unless owners can tell the experts of a split projection apart; name: what counts them."""
+    if count > MAX_EXPERTS:
+        raise ValueError(f"{name} is for {count} experts, but owners, uint8, tell at most {MAX_EXPERTS} apart")
 
 
 def check_device(name: str, value: Tensor, x: Tensor) -> None:

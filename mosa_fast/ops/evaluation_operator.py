@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mosa_fast.ops.call import Call
-from mosa_fast.ops.registration import NAMESPACE, contiguous, define, launchers, library
+from mosa_fast.ops.registration import NAMESPACE, beyond_reverse_mode, contiguous, define, launchers, library
 
 EVALUATION_OPERATORS: dict[str, EvaluationOperator] = {}  # by name
 
@@ -48,6 +48,8 @@ class EvaluationOperator:
         """Run a backend on a checked call; overwrite: the tensor that is only added may become the output."""
         added: Tensor | None = getattr(call, call.ONLY_ADDED)
         recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call.tensors().values())
+        if beyond_reverse_mode(recorded):
+            raise RuntimeError(no_gradient(self.name))
         if overwrite and added is not None and added.is_contiguous() and not recorded:
             self.op_in_place(*call.values(), backend)
             return added
@@ -96,4 +98,9 @@ class _Evaluated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _gradient: Any) -> None:
-        raise RuntimeError(f"{ctx.name} is for evaluation: it has no gradient")
+        raise RuntimeError(no_gradient(ctx.name))
+
+
+def no_gradient(name: str) -> str:
+    """Why an operator of this name cannot be differentiated."""
+    return f"{name} is for evaluation: it has no gradient"

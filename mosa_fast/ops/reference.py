@@ -70,8 +70,10 @@ def sparse_adapter(call: SparseAdapterCall) -> Tensor:
         out = affine(hidden.to(c.product_dtype), up.to(c.product_dtype), bias.to(sum_dtype))
         if scale is not None:
             out = out * scale
-        # For a sum in place of a view, as linear returns one, backward would copy three times; baddbmm returns none.
-        in_place = not torch.is_grad_enabled() or (up.ndim == 3 and len(hidden) > 1)
+        # For a sum in place of a view, as linear returns one, backward would copy three times. Under vmap, what is
+        # added may have samples that out has not; and a compiler makes its own choice of memory.
+        transformed = torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
+        in_place = not transformed and not (torch.is_grad_enabled() and out._is_view())
         for added in (streams if c.add_input else None, None if c.skip is None else c.skip.reshape(streams.shape)):
             if added is not None:
                 out = out.add_(added) if in_place else (out + added).to(out.dtype)

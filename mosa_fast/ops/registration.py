@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mosa_fast.ops import launching
 from mosa_fast.ops.backends import KERNELS
@@ -40,6 +41,8 @@ class Operator:
         results: memory for the output and for the saved tensors; the latter without elements unless asked for (`save`).
             It is the fake as well, so that it may ask for shapes and dtypes only.
     """
+
+    other_derivatives = "the reference backend"  # what has those that the operator has not
 
     def __init__(
         self,
@@ -79,6 +82,11 @@ class Operator:
         save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in values[: self.tensor_count])
         if torch.compiler.is_compiling():
             return self.forward_op(*values, save, backend)[0]
+        if beyond_reverse_mode(recorded=save):
+            raise RuntimeError(
+                f"{self.name} has reverse-mode derivatives only; in a transform of torch.func and in forward-mode "
+                f"differentiation use {self.other_derivatives}"
+            )
         # What the dispatcher would come back to: that way through C++ takes a tenth of a call's time.
         return self._differentiable_forward(*values, save, backend)[0]
 
@@ -216,6 +224,14 @@ class _Refused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_gradients: Any) -> None:
         raise RuntimeError(f"{ctx.name}'s kernels have no second derivative; use the reference backend for it")
+
+
+def beyond_reverse_mode(recorded: bool = True) -> bool:
+    """Whether derivatives are asked for that operators have not: forward mode's, or those of torch.func's transforms.
+
+    recorded: autograd is to record the call. Where it is not, torch itself maps the operator over samples (vmap).
+    """
+    return forward_ad._current_level >= 0 or (recorded and torch._C._functorch.maybe_current_level() is not None)
 
 
 def define(name: str, schema: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from mosa_fast.ops import launching, reference
 from mosa_fast.ops.arguments import AdaptedMLPCall, SparseAdapterCall
 from mosa_fast.ops.backends import resolve_backend
-from mosa_fast.ops.call import check_device, check_scale, describe, product_dtype
+from mosa_fast.ops.call import check_device, check_experts, check_norm, check_scale, describe, product_dtype
 from mosa_fast.ops.prepare_weights import TENSORS, MasterWeights, PreparedWeights, layouts_of, prepare_weights
 from mosa_fast.ops.registration import Operator
 
@@ -178,14 +178,13 @@ def check_adapter(call: SparseAdapterCall | AdaptedMLPCall) -> None:
         ValueError: one does not fit; the message names it.
     """
     call.check()
-    if (call.norm_weight is None) != (call.norm_bias is None):
-        missing = "norm_weight" if call.norm_weight is None else "norm_bias"
-        raise ValueError(f"{missing} is None, but the other is not: give both or neither")
+    check_norm(call.norm_weight, call.norm_bias)
     for name, bias, owner in (
         ("down_bias", call.down_bias, call.down_owner),
         ("up_bias", call.up_bias, call.up_owner),
     ):
         if owner is None and bias.shape[0] != 1:
             raise ValueError(f"{name} must be [1, {bias.shape[1]}] for a dense projection, got {describe(bias)}")
+        check_experts(name, bias.shape[0])
     if not 0.0 <= call.dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {call.dropout}")

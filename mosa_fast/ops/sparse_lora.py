@@ -9,7 +9,7 @@ from torch import Tensor
 from mosa_fast.ops import launching, reference
 from mosa_fast.ops.arguments import SparseLoRACall
 from mosa_fast.ops.backends import resolve_backend
-from mosa_fast.ops.call import check_columns, check_scale, describe, product_dtype
+from mosa_fast.ops.call import check_experts, check_scale, check_targets, product_dtype
 from mosa_fast.ops.registration import Operator
 
 
@@ -102,11 +102,7 @@ def _check(call: SparseLoRACall) -> None:
     targets = c.experts.shape[0]
     if len(c.ranges) != targets:
         raise ValueError(f"columns must have a range for each of the {targets} targets of experts, got {c.ranges}")
-    check_columns(c.ranges, "y", c.y.shape[-1], c.up_weight)
-    if c.ranks != targets * c.rank:
-        raise ValueError(
-            f"down_weight must have {c.rank} rows (the rank of up_weight) for each of {targets} targets, "
-            f"got {describe(c.down_weight)}"
-        )
+    check_targets(c.ranges, "y", c.y.shape[-1], c.down_weight, c.up_weight)
     if c.num_experts < 1:
         raise ValueError(f"num_experts must be at least 1, got {c.num_experts}")
+    check_experts("num_experts", c.num_experts)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from mosa_fast.adapters.adapter_file import load_trained_state, save_adapter, trained_state
 from mosa_fast.adapters.metadata import read_metadata
 from mosa_fast.adapters.model import load_adapter
-from mosa_fast.command_line import read_run
 from mosa_fast.config import TrainConfig
 from mosa_fast.data.preprocessing import Preprocessing
 from mosa_fast.methods import METHODS
 from mosa_fast.run_folder import RunFolder
+from mosa_fast.run_options import read_run
 from mosa_fast.tensor_file import read_tensors, write_tensors
 from mosa_fast.training.distributed import pick_device
 from mosa_fast.training.model import build_model

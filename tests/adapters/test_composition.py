@@ -140,11 +140,11 @@ def test_a_linear_with_low_rank_pairs_hands_out_no_weight():
         qkv(torch.randn(2, 5, 24))
 
 
-def test_low_rank_pairs_compile_to_one_graph():
+def compiled_to_one_graph(model, images):
+    """The model compiled, after steps with changing routes, which one graph has served."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()
-    model, images = make(method="lora", rank=2)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for step in range(3):
@@ -153,6 +153,11 @@ def test_low_rank_pairs_compile_to_one_graph():
             compiled(images, views=2, seed=seed), model(images, views=2, seed=seed), rtol=1e-4, atol=1e-5
         )
     assert counter.frame_count == 1
+    return compiled
+
+
+def test_low_rank_pairs_compile_to_one_graph():
+    compiled_to_one_graph(*make(method="lora", rank=2))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -247,18 +252,8 @@ def test_checkpointing_two_forwards_before_one_backward_equals_two_plain_ones(na
 
 @pytest.mark.parametrize("name", SOME)
 def test_one_graph_serves_changing_routes_in_training_and_one_evaluation(name):
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    torch._dynamo.reset()
     model, images = make(name)
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
-    for step in range(3):
-        seed = step_seed(1, step)
-        torch.testing.assert_close(
-            compiled(images, views=2, seed=seed), model(images, views=2, seed=seed), rtol=1e-4, atol=1e-5
-        )
-    assert counter.frame_count == 1
+    compiled = compiled_to_one_graph(model, images)
     model.eval()
     torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)
 

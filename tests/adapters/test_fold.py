@@ -117,6 +117,16 @@ def test_a_model_that_timm_would_make_otherwise_is_refused():
     assert mosa.fold(model, kwargs).create_kwargs["depth"] == 3
 
 
+def test_what_timm_did_not_keep_is_not_guessed():
+    plain = TINY["vit"]()
+    kept = plain._model_args
+    del plain._model_args
+    model = mosa.adapt(plain, mosa.MoSAConfig(bottleneck=4))
+    with pytest.raises(ValueError, match="did not keep what it was made with .*: give fold its create_kwargs"):
+        mosa.fold(model)
+    assert mosa.fold(model, kept).create_kwargs["num_heads"] == 2
+
+
 def test_merging_changes_no_logit_and_training_goes_on():
     model, images = make()
     expected = model.eval()(images)

@@ -281,17 +281,34 @@ def test_a_refused_form_puts_nothing_in():
     mosa.adapt(model, mosa.MoSAConfig(bottleneck=4, form="branch"))
 
 
-def test_derivatives_that_the_products_have_not_take_the_branch():
-    model = mosa.adapt(TINY["vit"](), mosa.MoSAConfig(bottleneck=4)).eval()
+@pytest.mark.parametrize("form", ["auto", "mlp"])
+def test_derivatives_that_the_products_have_not_take_the_branch(form):
+    model = mosa.adapt(plain("vit"), mosa.MoSAConfig(bottleneck=4, form=form)).eval()
     for block in blocks(model):
         torch.nn.init.normal_(block.adapter.up.weight)
         block.attn.fused_attn = False  # it has no forward-mode derivative
-    images = image(model.backbone)
-    _, tangent = torch.func.jvp(model, (images,), (torch.ones_like(images),))
-    with mosa.backend("reference"):
-        _, expected = torch.func.jvp(model, (images,), (torch.ones_like(images),))
-    assert expected.abs().max() > 0
-    torch.testing.assert_close(tangent, expected)
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(weights, images):
+        return torch.func.functional_call(model, weights, (images[None],)).square().sum()
+
+    def derivatives():
+        _, tangent = torch.func.jvp(model, (images,), (torch.ones_like(images),))
+        with torch.no_grad():  # where an operator that autograd does not see would have none, without a word
+            _, unrecorded = torch.func.jvp(model, (images,), (torch.ones_like(images),))
+        return {"jvp": tangent, "jvp without grad": unrecorded} | torch.func.vmap(torch.func.grad(loss), (None, 0))(
+            weights, images
+        )
+
+    images = image(model.backbone, 2)
+    found = derivatives()
+    for block in blocks(model):
+        block.form = "branch"
+    expected = derivatives()
+    assert all(
+        expected[name].abs().max() > 0 for name in ("jvp", "jvp without grad", "backbone.blocks.1.adapter.up.weight")
+    )
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("init_values", [None, 0.3])

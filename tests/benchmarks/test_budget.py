@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import suite
+from benchmarks import measure, suite
 from benchmarks.cases import CASES, Contender
 from benchmarks.results import NO_TIME
 from benchmarks.spec import Spec
@@ -51,10 +51,10 @@ def measured(clock, monkeypatch):
             return {name: lambda name=name: contender(name) for name in CONTENDERS}
 
         monkeypatch.setitem(CASES, "fake", case)
-        monkeypatch.setattr(suite, "speeds", lambda device: {})
+        monkeypatch.setattr(measure, "speeds", lambda device: {})
         made = [Spec("fake", f"model {index}", 1, "fp32", weight=weight) for index, (_, weight) in enumerate(specs)]
         start = clock()
-        results = suite.run_suite(suite.Suite(tuple(made), minutes), CPU, clock=clock)
+        results = measure.run_suite(suite.Suite(tuple(made), minutes), CPU, clock=clock)
         return results, clock() - start
 
     return run
@@ -143,16 +143,16 @@ def test_after_its_time_a_suite_leaves_specs_out(measured, capsys):
 
 
 def test_a_run_that_is_cut_short_leaves_what_it_has(clock, monkeypatch):
-    monkeypatch.setattr(suite, "speeds", lambda device: {})
+    monkeypatch.setattr(measure, "speeds", lambda device: {})
 
     def stopped(spec, *arguments):
         if spec.backbone == "second":
             raise KeyboardInterrupt
         return [{"backbone": spec.backbone}]
 
-    monkeypatch.setattr(suite, "measure", stopped)
+    monkeypatch.setattr(measure, "measure", stopped)
     specs = tuple(Spec("operator", name, 1, "fp32") for name in ("first", "second"))
     saved = []
     with pytest.raises(KeyboardInterrupt):
-        suite.run_suite(suite.Suite(specs, 1), CPU, clock=clock, save=lambda results: saved.extend(results["rows"]))
+        measure.run_suite(suite.Suite(specs, 1), CPU, clock=clock, save=lambda results: saved.extend(results["rows"]))
     assert saved == [{"backbone": "first"}]

@@ -10,7 +10,7 @@ from benchmarks.evidence import main, markdown, readme_table, table
 from benchmarks.evidence_plots import COLORS, PLOTS
 from benchmarks.evidence_rows import METHODS, Estimate, Setting, collect, read
 from benchmarks.results import FOLDER
-from mosa_fast.command_line import parse_options
+from mosa_fast.run_options import parse_options
 
 SCORES = {
     "linear": (70.0, 72.0, 74.0),

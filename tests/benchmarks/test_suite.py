@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import __main__, cases, contenders, ours, plain, plain_lora, plots, report, results, suite
+from benchmarks import __main__, cases, contenders, measure, ours, plain, plain_lora, plots, report, results, suite
 from benchmarks.cases import CASES, operator_work
 from benchmarks.contenders import CONTENDERS
 from benchmarks.spec import BANKS, CLASSES, Spec
@@ -46,7 +46,7 @@ def spec(case, precision="fp32", **options):
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("case", CASES)
 def test_every_case_times_what_runs_here(case, precision):
-    rows = {row["contender"]: row for row in suite.measure(spec(case, precision), CPU)}
+    rows = {row["contender"]: row for row in measure.measure(spec(case, precision), CPU)}
     for name in TIMED[case]:
         if name in BACKBONE_TRAINED and precision == "bf16-true":
             assert name not in rows
@@ -73,7 +73,7 @@ def test_every_case_times_what_runs_here(case, precision):
     ("case", "name"), [("operator", "ours, reference"), ("block", "ours, reference"), ("lora", "MoSL, reference")]
 )
 def test_forward_and_backward_can_be_timed_alone(case, name):
-    rows = suite.measure(spec(case, modes=MODES), CPU, contenders=("copy", name))
+    rows = measure.measure(spec(case, modes=MODES), CPU, contenders=("copy", name))
     assert [row["mode"] for row in rows if row["contender"] == name] == list(MODES)
     assert all(row["ms"] > 0 for row in rows)
     if case != "block":
@@ -151,7 +151,7 @@ def test_methods_train_what_their_rows_say_and_are_compared_with_float32(name):
 def test_wrong_pairs_and_wrong_methods_have_no_time(monkeypatch):
     monkeypatch.setattr(plain.CopiedProjection, "mask_gradients", lambda self: None)
     monkeypatch.setattr(plain_lora, "rows_of", lambda compact: [slice(0, 64), slice(0, 64)])  # v's rows are q's
-    rows = {row["contender"]: row for row in suite.measure(spec("lora"), CPU)}
+    rows = {row["contender"]: row for row in measure.measure(spec("lora"), CPU)}
     for name in ("paper, MoSL", "peft, q and v"):
         assert rows[name]["ms"] is None
         assert "wrong: output is off by" in rows[name]["reason"] or "not installed" in rows[name]["reason"]
@@ -163,13 +163,13 @@ def test_wrong_pairs_and_wrong_methods_have_no_time(monkeypatch):
         return learner
 
     monkeypatch.setitem(CONTENDERS, "linear", replace(CONTENDERS["linear"], make=half_trained))
-    (row,) = suite.measure(spec("methods"), CPU, contenders=("linear",))
+    (row,) = measure.measure(spec("methods"), CPU, contenders=("linear",))
     assert "wrong: gradients is off by" in row["reason"]
 
 
 def test_wrong_results_have_no_time(monkeypatch):
     monkeypatch.setattr(plain.CopiedProjection, "mask_gradients", lambda self: None)
-    rows = {row["contender"]: row for row in suite.measure(spec("operator"), CPU)}
+    rows = {row["contender"]: row for row in measure.measure(spec("operator"), CPU)}
     assert rows["paper"]["ms"] is None
     assert "up.weight is off by" in rows["paper"]["reason"]
     assert rows["ours, reference"]["ms"] > 0
@@ -180,7 +180,7 @@ def test_a_contender_that_breaks_does_not_take_the_others_with_it(monkeypatch):
         raise MemoryError("too large")
 
     monkeypatch.setitem(CONTENDERS, "dense", replace(CONTENDERS["dense"], make=broken))
-    rows = {row["contender"]: row for row in suite.measure(spec("block"), CPU)}
+    rows = {row["contender"]: row for row in measure.measure(spec("block"), CPU)}
     assert rows["dense"]["reason"] == "MemoryError: too large"
     assert rows["paper"]["ms"] > 0
 
@@ -192,7 +192,7 @@ def test_a_new_method_costs_one_function(monkeypatch):
     monkeypatch.setitem(CONTENDERS, "two experts", contenders.Entry(two_experts, contenders.ALL_CASES))
     monkeypatch.setitem(CONTENDERS, "elsewhere", contenders.Entry(two_experts, ("evaluation",)))
     for case in contenders.ALL_CASES:
-        rows = {row["contender"]: row for row in suite.measure(spec(case), CPU)}
+        rows = {row["contender"]: row for row in measure.measure(spec(case), CPU)}
         assert rows["two experts"]["ms"] > 0, rows["two experts"]["reason"]
         assert ("elsewhere" in rows) is (case == "evaluation")
 
@@ -214,7 +214,7 @@ def test_the_profiled_run_says_what_it_plans_to_move(command, monkeypatch):
 )
 def test_lora_of_the_peft_library_learns_on_the_same_backbone(case, names):
     pytest.importorskip("peft")
-    rows = {row["contender"]: row for row in suite.measure(spec(case), CPU)}
+    rows = {row["contender"]: row for row in measure.measure(spec(case), CPU)}
     for name in names:
         assert rows[name]["ms"] > 0, rows[name]["reason"]
 
@@ -346,7 +346,7 @@ def test_the_report_is_written(tmp_path, command):
 
 def test_a_run_writes_its_rows_and_compares_itself(tmp_path, command, monkeypatch):
     monkeypatch.setitem(suite.SUITES, "quick", suite.Suite((spec("operator"), spec("evaluation")), 2))
-    monkeypatch.setattr(suite, "speeds", lambda device: {})
+    monkeypatch.setattr(measure, "speeds", lambda device: {})
     path = tmp_path / "new.json"
     arguments = ("--quick", "--cases", "operator", "--out", path)
     assert command(__main__.main, *arguments)[0] == 0
@@ -412,7 +412,7 @@ def test_an_int8_backbone_is_compared_with_its_own_weights_in_float32(precision)
     pytest.importorskip("torchao", reason="int8 needs a torchao for this torch", exc_type=ImportError)
     name = "ours, int8 backbone"
     for case in ("step", "evaluation"):
-        (row,) = suite.measure(spec(case, precision), CPU, contenders=(name,))
+        (row,) = measure.measure(spec(case, precision), CPU, contenders=(name,))
         assert row["ms"] > 0, row["reason"]
     bench = Workbench(spec("step"), CPU, "model")
     learner = CONTENDERS[name].make(bench.setting)

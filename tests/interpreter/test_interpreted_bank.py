@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from bank_cases import CASES, OF_ADAPTERS, BankCase
+from bank_cases import CASES, OF_ADAPTERS, BankCase, operator_arguments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import check, compare, make, poisoned, run
 
 from mosa_fast.ops import adapter_bank, backend
-from mosa_fast.ops.arguments import AdapterBankCall
 
 DTYPES = [torch.float32, torch.float16]
 BY_NAME = {case.name: case for case in CASES}
@@ -77,10 +76,7 @@ def test_a_sample_gives_the_same_bits_in_any_company():
 
 @pytest.mark.parametrize("name", ["adapters", "low_rank_pairs", "empty_batch"])
 def test_opcheck(name):
-    values = make(BY_NAME[name], torch.float32, "cpu")
-    values["columns"] = [column for columns in BY_NAME[name].columns or ((0, 96),) for column in columns]
-    values["product_dtype"] = torch.float32
-    arguments = [values[key] for key in (*AdapterBankCall.TENSORS, *AdapterBankCall.OPTIONS)]
+    arguments = operator_arguments(BY_NAME[name])
     for operator in (torch.ops.mosa_fast.adapter_bank.default, torch.ops.mosa_fast.adapter_bank_.default):
         torch.library.opcheck(operator, [*arguments, "triton"])
 

@@ -278,5 +278,25 @@ def test_bad_arguments_are_named():
         inside(adapter, mlp | {"fc2_weight": mlp["fc1_weight"]}, stream(), experts)
     with pytest.raises(ValueError, match="fc1_weight must be frozen"):
         inside(adapter, mlp | {"fc1_weight": mlp["fc1_weight"].requires_grad_()}, stream(), experts)
+    adapter.up.bias = torch.nn.Parameter(torch.zeros(300, WIDTH).double())
+    with pytest.raises(ValueError, match="up_bias is for 300 experts"):
+        inside(adapter, frozen(torch.float64, False), stream(), experts)
     with pytest.raises(RuntimeError, match="backend 'triton' has no adapted_mlp kernels"):
         registration.launchers("adapted_mlp", "triton")
+
+
+def test_other_derivatives_than_reverse_mode_are_refused():
+    adapter, mlp, x = adapter_of(torch.float64, dropout=0.0), frozen(torch.float64, False), stream()
+
+    def run(x):
+        return inside(adapter, mlp, x, torch.zeros(1, 2, dtype=torch.int32), seed=0, fork=False)
+
+    words = "adapted_mlp has reverse-mode derivatives only; .* use sparse_adapter on the reference backend"
+    with pytest.raises(RuntimeError, match=words):
+        torch.func.grad(lambda x: run(x).sum())(x)
+    with pytest.raises(RuntimeError, match=words):
+        torch.func.vmap(lambda x: run(x[None]))(x)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=words):
+        torch.func.jvp(run, (x,), (x,))
+    with torch.no_grad():  # nothing is recorded: torch maps the operator itself
+        torch.testing.assert_close(torch.func.vmap(lambda x: run(x[None])[0])(x), run(x))

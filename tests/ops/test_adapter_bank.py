@@ -1,11 +1,10 @@
 import pytest
 import torch
-from bank_cases import CASES, PAIRS, BankCase
+from bank_cases import CASES, PAIRS, BankCase, operator_arguments
 from kernel_cases import make
 
 import mosa_fast as mosa
 from mosa_fast.ops import adapter_bank, sparse_adapter, sparse_lora
-from mosa_fast.ops.arguments import AdapterBankCall
 
 BY_NAME = {case.name: case for case in CASES}
 MERGED = torch.full((1, 2), -1, dtype=torch.int32)
@@ -144,6 +143,8 @@ def test_there_is_no_gradient():
     a["x"].requires_grad_()
     with pytest.raises(RuntimeError, match="adapter_bank is for evaluation: it has no gradient"):
         adapter_bank(**a).sum().backward()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="adapter_bank is for evaluation: it has no gradient"):
+        torch.func.jvp(lambda x: adapter_bank(**a | {"x": x}), (a["x"],), (a["x"],))
 
 
 def test_the_output_shares_no_memory_and_nothing_is_written_to():
@@ -156,10 +157,7 @@ def test_the_output_shares_no_memory_and_nothing_is_written_to():
 
 @pytest.mark.parametrize("name", ["adapters", "low_rank_pairs", "empty_batch"])
 def test_opcheck(name):
-    values = make(BY_NAME[name], torch.float32, "cpu")
-    values["columns"] = [column for columns in BY_NAME[name].columns or ((0, 96),) for column in columns]
-    values["product_dtype"] = torch.float32
-    arguments = [values[key] for key in (*AdapterBankCall.TENSORS, *AdapterBankCall.OPTIONS)]
+    arguments = operator_arguments(BY_NAME[name])
     for operator in (torch.ops.mosa_fast.adapter_bank.default, torch.ops.mosa_fast.adapter_bank_.default):
         torch.library.opcheck(operator, [*arguments, "reference"])
 

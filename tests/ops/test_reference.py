@@ -203,8 +203,10 @@ def test_output_never_aliases_the_input():
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("fork", [False, True])
 @pytest.mark.parametrize("dense", [False, True])
-def test_backward_copies_nothing_for_a_sum_in_place(groups, fork, dense):
+@pytest.mark.parametrize("scale", [0.7, torch.tensor(0.7)])
+def test_backward_copies_nothing_for_a_sum_in_place(groups, fork, dense, scale):
     changes = {"up_owner": None, "up_bias": torch.zeros(1, D, dtype=torch.float64)} if dense else {}
+    changes["scale"] = scale
     a = arguments(experts=torch.tensor([[1, 2]] * groups, dtype=torch.int32), **changes)
     nodes, found = [sparse_adapter(**a | {"x": a["x"].requires_grad_()}, fork=fork).grad_fn], set()
     while nodes:
@@ -213,6 +215,17 @@ def test_backward_copies_nothing_for_a_sum_in_place(groups, fork, dense):
         nodes += [function for function, _ in node.next_functions if function is not None]
     assert "AccumulateGrad" in str(found)
     assert "CopySlices" not in str(found)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("name", ["x", "skip", "experts", "up_weight"])
+def test_any_tensor_alone_can_be_mapped_over(name, recorded):
+    a = arguments(experts=torch.tensor([[1, 2], [0, 1]], dtype=torch.int32))
+    values = torch.stack([a[name], a[name].flip(-1) if name == "experts" else 2 * a[name]])
+    with torch.set_grad_enabled(recorded):
+        found = torch.func.vmap(lambda value: sparse_adapter(**a | {name: value}))(values)
+        expected = torch.stack([sparse_adapter(**a | {name: value}) for value in values])
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -248,6 +261,7 @@ def test_compiles_without_a_graph_break():
         ({"up_owner": torch.zeros(R, D, dtype=torch.uint8)}, r"up_owner must be uint8 \[10, 6\]"),
         ({"down_bias": torch.zeros(R)}, r"down_bias must be floating point \[E, 6\]"),
         ({"up_owner": None}, r"up_bias must be \[1, 10\] for a dense projection"),
+        ({"down_bias": torch.zeros(257, R)}, "down_bias is for 257 experts, but owners, uint8, tell at most 256 apart"),
         ({"experts": torch.zeros(1, 2)}, r"experts must be int32 \[V, 2\], got float32"),
         ({"experts": torch.zeros(0, 2, dtype=torch.int32)}, r"experts must be int32 \[V, 2\], got int32 \[0, 2\]"),
         ({"experts": torch.zeros(3, 2, dtype=torch.int32)}, "3 groups, which do not divide the 4 samples"),

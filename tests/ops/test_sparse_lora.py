@@ -182,6 +182,7 @@ def test_a_backend_without_its_kernels_says_so(monkeypatch):
         ),
         ({"up_weight": torch.zeros(12, 4), "up_owner": None}, "down_weight must have 4 rows .* for each of 2 targets"),
         ({"num_experts": 0}, "num_experts must be at least 1, got 0"),
+        ({"num_experts": 257}, "num_experts is for 257 experts, but owners, uint8, tell at most 256 apart"),
         ({"scale": torch.ones(2)}, "scale must be a number or a one-element"),
         ({"experts": torch.zeros(2, 1, 2, dtype=torch.int32, device="meta")}, "experts is on meta, but x is on cpu"),
     ],

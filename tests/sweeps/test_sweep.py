@@ -186,7 +186,9 @@ def test_uphill_trains_only_what_lies_on_the_way_to_the_summit(tmp_path, trainin
     assert "is best on validation, 90.00 % (at the edge of the grid: loss.reg_weight)" in out
 
 
-def test_an_idle_process_takes_a_run_of_the_next_row(tmp_path, trainings, monkeypatch, command):
+@pytest.fixture
+def two_at_once(trainings, monkeypatch):
+    """Every training waits for another one that runs beside it."""
     both, train = threading.Barrier(2, timeout=20), runs.subprocess.run
 
     def wait_for_another(words):
@@ -194,6 +196,9 @@ def test_an_idle_process_takes_a_run_of_the_next_row(tmp_path, trainings, monkey
         return train(words)
 
     monkeypatch.setattr(runs.subprocess, "run", wait_for_another)
+
+
+def test_an_idle_process_takes_a_run_of_the_next_row(tmp_path, trainings, two_at_once, monkeypatch, command):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     code, _, _ = command(main, "--configs", "digits/linear", "digits/full", "--out", tmp_path, "--processes", 2)
     assert code == 0
@@ -205,14 +210,7 @@ def test_seeds_are_a_number_or_a_list():
         parse_seeds("x")
 
 
-def test_processes_run_side_by_side_and_divide_the_cores(tmp_path, trainings, monkeypatch, command):
-    both, train = threading.Barrier(2, timeout=20), runs.subprocess.run
-
-    def wait_for_another(words):
-        both.wait()  # broken, unless two are there at once
-        return train(words)
-
-    monkeypatch.setattr(runs.subprocess, "run", wait_for_another)
+def test_processes_run_side_by_side_and_divide_the_cores(tmp_path, trainings, two_at_once, monkeypatch, command):
     monkeypatch.setattr(module.os, "cpu_count", lambda: 6)
     monkeypatch.setenv("OMP_NUM_THREADS", "9")  # so that it is restored, whatever it was
     monkeypatch.delenv("OMP_NUM_THREADS")

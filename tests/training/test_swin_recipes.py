@@ -8,9 +8,9 @@ from layouts import SIZE, write_fgvc
 from PIL import Image
 
 from mosa_fast import evaluate
-from mosa_fast.command_line import parse
 from mosa_fast.data.fgvc import SETS
 from mosa_fast.nn.mixture import adapters
+from mosa_fast.run_options import parse
 from mosa_fast.training import loop, losses
 from mosa_fast.training.loop import train
 
