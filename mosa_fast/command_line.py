@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from mosa_fast.config import TrainConfig
-from mosa_fast.options import check_fields, facts_of, words_of
+from mosa_fast.options import NULL, check_fields, facts_of, words_of
 from mosa_fast.recipes import ActionRecipe, load_recipe, packaged
 from mosa_fast.run_folder import RunFolder
 
@@ -54,14 +54,10 @@ class Parser(ArgumentParser):
 def _nearest(parser: argparse.ArgumentParser | ArgumentParser, message: str) -> str:
     """The option that may have been meant by one that an error's message says is unknown."""
     options = [o.removeprefix("--") for action in parser._actions for o in action.option_strings if o.startswith("--")]
-    group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
-    other = re.search(r"Option '([\w.]+)' is not accepted|unrecognized arguments: --([\w.]+)", message)
-    if group:
-        unknown = f"{group[1]}.{group[2]}"
-    elif other:
-        unknown = other[1] or other[2]
-    else:
+    found = re.search(r"(?:there is no option |unrecognized arguments: --)([\w.]+)", message)
+    if not found:
         return ""
+    unknown = found[1]
     near = difflib.get_close_matches(unknown, options, n=1, cutoff=NEAR)
     if not near:  # the right name in the wrong section
         ends = {option.rsplit(".", 1)[-1]: option for option in options}
@@ -82,7 +78,8 @@ def make_parser(prog: str, description: str) -> Parser:
     facts = facts_of(TrainConfig)
     for action in parser._actions:
         if action.dest in facts:
-            action.help = f"{action.help} {facts[action.dest].help}".strip()
+            words = action.help.replace("None", NULL)  # what a docstring calls None
+            action.help = f"{words} {facts[action.dest].help}".strip()
     return parser
 
 
