@@ -78,7 +78,7 @@ def make_parser(prog: str, description: str) -> Parser:
     facts = facts_of(TrainConfig)
     for action in parser._actions:
         if action.dest in facts:
-            words = action.help.replace("None", NULL)  # what a docstring calls None
+            words = (action.help or "").replace("None", NULL)  # what a docstring calls None
             action.help = f"{words} {facts[action.dest].help}".strip()
     return parser
 
