@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from dataclasses import replace
@@ -16,10 +15,11 @@ from benchmarks.machine import environment
 from benchmarks.measure import profile, run_suite
 from benchmarks.results import FOLDER, compare, read, write
 from benchmarks.suite import SUITES
+from mosa_fast.command_line import CommandParser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Times adapters, side by side.")
+    parser = CommandParser(prog="python -m benchmarks", description="Times adapters, side by side.")
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--suite", choices=SUITES, help="default: gpu where there is one, else quick")
     choice.add_argument("--quick", action="store_true", help="the suite for two CPU cores and two minutes")

@@ -7,13 +7,13 @@ benchmarks/results/.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.evidence_plots import PLOTS
 from benchmarks.evidence_rows import DATA, METHODS, YARDSTICK, Estimate, Evidence, Row, collect, read
 from benchmarks.results import FOLDER, markdown_table, publish
+from mosa_fast.command_line import CommandParser
 
 RESULTS = FOLDER / "evidence.jsonl"
 
@@ -61,7 +61,7 @@ def show(estimate: Estimate, sign: str = "") -> str:
 
 def main() -> None:
     """Write tables and plots."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__.split("\n")[0])
+    parser = CommandParser(prog="python -m benchmarks.evidence", description=__doc__.split("\n")[0])
     parser.add_argument("file", type=Path, nargs="?", default=RESULTS, metavar="FILE.jsonl")
     path = parser.parse_args().file
     try:

@@ -6,7 +6,6 @@ benchmarks/results/.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from benchmarks.groups import Group, groups, heading, shape, subject, timed, yar
 from benchmarks.plots import PLOTS
 from benchmarks.results import FOLDER, LEAST_RUNS, Row, markdown_table, publish, read
 from benchmarks.spec import BANKS, EVALUATIONS
+from mosa_fast.command_line import CommandParser
 
 PAPERS = ("paper", "paper, MoSL")  # the published way of working; pairs alone are compared with the second
 
@@ -108,8 +108,10 @@ def _number(value: float | None, form: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n")[0])
-    parser.add_argument("files", type=Path, nargs="*", metavar="FILE.json")
+    parser = CommandParser(prog="python -m benchmarks.report", description="Tables and plots of the suite's results.")
+    parser.add_argument(
+        "files", type=Path, nargs="*", metavar="FILE.json", help="results; default: all in benchmarks/results"
+    )
     options = parser.parse_args()
     files = options.files or sorted(FOLDER.glob("suite_*.json"))
     if not files:

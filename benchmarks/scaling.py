@@ -16,11 +16,10 @@ holds the assumptions, and `--write` stores them beside the numbers.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.machine import environment
 from benchmarks.results import FOLDER, markdown_table
 from benchmarks.timing import Work, interleaved
+from mosa_fast.command_line import CommandParser
 from mosa_fast.config import TrainConfig
 from mosa_fast.data import make_transforms, preprocessing_of
 from mosa_fast.data.fgvc import MULTITASK_CLASSES, SETS
@@ -53,12 +53,13 @@ PHOTO = (500, 375)  # pixels: the usual size of CUB's and Flowers' photographs
 class Cluster:
     """What is assumed of the machines: an H100 in bfloat16 with a 400 Gb/s network card for each GPU."""
 
-    peak: float = 989e12  # operations a second, dense
-    utilisation: float = 0.4  # of the peak, in a whole training step
-    bandwidth: float = 50e9  # bytes a second that a GPU sends while it receives as many
-    latency: float = 10e-6  # seconds a hop of a tree
-    first_bucket: int = 2**20  # bytes; DistributedDataParallel's defaults
-    bucket: int = 25 * 2**20
+    peak: float = field(default=989e12, metadata={"help": "operations a second, dense"})
+    utilisation: float = field(default=0.4, metadata={"help": "part of the peak that a whole training step reaches"})
+    bandwidth: float = field(default=50e9, metadata={"help": "bytes a second that a GPU sends and receives"})
+    latency: float = field(default=10e-6, metadata={"help": "seconds a hop of a tree"})
+    # DistributedDataParallel's defaults.
+    first_bucket: int = field(default=2**20, metadata={"help": "bytes of gradients that are reduced first"})
+    bucket: int = field(default=25 * 2**20, metadata={"help": "bytes of gradients that are reduced together"})
 
 
 def all_reduce_seconds(nbytes: float, world: int, cluster: Cluster) -> float:
@@ -196,15 +197,18 @@ def all_recipes() -> list[str]:
     """Names of the packaged recipes whose data sets' classes are known here."""
     folders = ("fgvc", "gicd", "vtab", "swin", "linear", "full")
     names = [f"{folder}/{path.stem}" for folder in folders for path in sorted((packaged() / folder).glob("*.yaml"))]
-    # Swin's adapters are not there yet.
+    # Swin's recipes are the FGVC ones again, on another backbone.
     return [name for name in names if not name.startswith("swin/")]
 
 
 def main() -> None:
     """Print the plan."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__.split("\n")[0])
-    for name, value in asdict(Cluster()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"default: {value:g}")
+    parser = CommandParser(
+        prog="python -m benchmarks.scaling", description="How far data-parallel training scales, on paper."
+    )
+    for f in fields(Cluster):
+        words = f"{f.metadata['help']}; default: {f.default:g}"
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default), default=f.default, help=words)
     parser.add_argument("--write", action="store_true", help=f"store numbers and table in {RESULTS.parent.name}/")
     options = vars(parser.parse_args())
     write = options.pop("write")

@@ -30,14 +30,10 @@ class CommandParser(argparse.ArgumentParser):
 def nearest(parser: argparse.ArgumentParser, message: str) -> str:
     """The option that may have been meant by one that an error's message says is unknown."""
     options = [o.removeprefix("--") for action in parser._actions for o in action.option_strings if o.startswith("--")]
-    group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
-    other = re.search(r"Option '([\w.]+)' is not accepted|unrecognized arguments: --([\w.]+)", message)
-    if group:
-        unknown = f"{group[1]}.{group[2]}"
-    elif other:
-        unknown = other[1] or other[2]
-    else:
+    found = re.search(r"(?:there is no option |unrecognized arguments: --)([\w.]+)", message)
+    if not found:
         return ""
+    unknown = found[1]
     near = difflib.get_close_matches(unknown, options, n=1, cutoff=NEAR)
     if not near:  # the right name in the wrong section
         ends = {option.rsplit(".", 1)[-1]: option for option in options}

@@ -16,6 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 KEY = "facts"  # of a dataclass field's metadata
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+NULL = "null"  # what recipes and command lines write for None
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Facts:
         if self.range:
             sentences.append(f"{self.range[0].upper()}{self.range[1:]}.")
         if self.families:
-            sentences.append(f"Only for {' and '.join(self.families)}.")
+            sentences.append(f"Only for {listed(self.families, 'and')}.")
         if self.free:
             sentences.append("A resumed run may change it.")
         return " ".join(sentences)
@@ -147,14 +148,14 @@ def words_of(config: type, option: str) -> str | None:
     hint = _hints(config).get(section)
     if hint is None or is_dataclass(hint):
         return words_of(hint, rest) if rest and hint is not None else None  # type: ignore[arg-type]
-    _, choices, kinds = _alternatives(hint)
-    return _words(kinds, choices)
+    alternatives, choices, kinds = _alternatives(hint)
+    return " or ".join([_words(kinds, choices), *([NULL] if type(None) in alternatives else [])])
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raise ValueError unless `value` is one of `choices`, of the same type."""
     if not any(value == choice and type(value) is type(choice) for choice in choices):
-        raise ValueError(f"{name} must be one of {_listed(choices)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {listed(choices)}, got {value!r}")
 
 
 def _alternatives(hint: Any) -> tuple[tuple[Any, ...], list[Any], list[Any]]:
@@ -165,7 +166,12 @@ def _alternatives(hint: Any) -> tuple[tuple[Any, ...], list[Any], list[Any]]:
 
 
 def _words(kinds: Sequence[Any], choices: Sequence[Any]) -> str:
-    return " or ".join([*(KINDS[kind] for kind in kinds), *([f"one of {_listed(choices)}"] if choices else [])])
+    return " or ".join([*(KINDS[kind] for kind in kinds), *([f"one of {listed(choices)}"] if choices else [])])
+
+
+def counted(number: int, thing: str) -> str:
+    """A number of things in words: "1 step", "2,000 steps"."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def _is_of(value: object, kind: type) -> bool:
@@ -174,8 +180,12 @@ def _is_of(value: object, kind: type) -> bool:
     return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
 
 
-def _listed(choices: Sequence[object]) -> str:
-    return ", ".join(map(str, choices))
+def listed(choices: Sequence[object], last: str = "") -> str:
+    """The choices with commas between them, and with the word `last` before the last one."""
+    *most, end = map(str, choices)
+    if not most or not last:
+        return ", ".join([*most, end])
+    return f"{', '.join(most)} {last} {end}"
 
 
 @cache

@@ -58,8 +58,9 @@ def main(arguments: list[str] | None = None) -> None:
             stream.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # names of files are bytes
         inputs = find_inputs(options.inputs, sys.stdin or ())
         bad = 0
+        answers = predict(runs, inputs, options.top, options.batch_size, options.workers)
         with FORMATS[options.format](sys.stdout, len(runs) > 1) as write:
-            for answer in predict(runs, inputs, options.top, options.batch_size, options.workers):
+            for answer in answers:
                 if isinstance(answer, Answer):
                     write(answer)
                 else:
@@ -98,18 +99,22 @@ def predict(
     transform = evaluation_transform(runs[0].preprocessing)
     batch_size = batch_size or config.optim.batch_size * BATCH_FACTOR
     workers = config.data.workers if workers is None else workers
-    for batch in input_batches(inputs, transform, batch_size, workers):
-        rankings: Any = []
-        if len(batch.images):
-            logits = ask(batch.images)
-            rankings = [_rankings(own, run.classes, top) for run, own in zip(runs, logits, strict=True)]
-        answered = zip(*rankings, strict=True)
-        for place, name in enumerate(batch.names):
-            if place in batch.bad:
-                yield batch.bad[place]
-            else:
-                for run, ranking in zip(runs, next(answered), strict=True):
-                    yield Answer(name, str(run), ranking)
+
+    def answers() -> Iterator[Answer | Unreadable]:
+        for batch in input_batches(inputs, transform, batch_size, workers):
+            rankings: Any = []
+            if len(batch.images):
+                logits = ask(batch.images)
+                rankings = [_rankings(own, run.classes, top) for run, own in zip(runs, logits, strict=True)]
+            answered = zip(*rankings, strict=True)
+            for place, name in enumerate(batch.names):
+                if place in batch.bad:
+                    yield batch.bad[place]
+                else:
+                    for run, ranking in zip(runs, next(answered), strict=True):
+                        yield Answer(name, str(run), ranking)
+
+    return answers()
 
 
 def _rankings(logits: Tensor, classes: list[str], top: int) -> list[list[tuple[str, float]]]:

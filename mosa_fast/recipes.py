@@ -1,14 +1,15 @@
 """Recipes: YAML files composed from shared bases, found by path or, in the installed package, by name.
 
 base: [../base/paper.yaml, ../backbones/vit_b16_in21k.yaml]   # relative to this file; later ones win
-grid:                             # for `mosa_fast.sweep --grid`; a single run takes no notice of it
-optim.lr: [2.0e-4, 5.0e-4]
+grid:  # for `mosa_fast.sweep --grid`; a single run takes no notice of it
+  optim.lr: [2.0e-4, 5.0e-4]
 optim:
-lr: 5.0e-4                      # what the file itself says wins over its bases
+  lr: 5.0e-4  # what the file itself says wins over its bases
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import is_dataclass
@@ -20,6 +21,7 @@ import yaml
 from jsonargparse import ActionConfigFile, get_loader
 
 from mosa_fast.config import TrainConfig
+from mosa_fast.options import facts_of, flat
 
 SECTIONS = {name for name, hint in get_type_hints(TrainConfig).items() if is_dataclass(hint)}
 BASE = "base"  # the key that names a recipe's bases
@@ -44,17 +46,23 @@ def find_recipe(name: str | Path) -> Path:
     for candidate in (packaged() / inside, packaged() / f"{inside}.yaml"):
         if candidate.is_file():
             return candidate
-    raise ValueError(f"no recipe {name}: neither a file nor one of those in {packaged()}")
+    installed = [recipe.relative_to(packaged()).with_suffix("").as_posix() for recipe in packaged().rglob("*.yaml")]
+    near = difflib.get_close_matches(inside.with_suffix("").as_posix(), installed, n=1)
+    nearest = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"no recipe {name}: neither a file nor one of those in {packaged()}{nearest}")
 
 
 def load_recipe(name: str | Path) -> dict[str, Any]:
     """The options of a run, one mapping from a recipe and all its bases.
 
     Raises:
-        ValueError: a file is missing, is not a YAML mapping, or includes itself.
+        ValueError: a file is missing, is not a YAML mapping, or includes itself; or a run has no such option.
     """
     recipe = _load(find_recipe(name), ())
     recipe.pop(GRID, None)
+    unknown = [option for option in flat(recipe) if option not in facts_of(TrainConfig)]
+    if unknown:
+        raise ValueError(f"{name}: there is no option {unknown[0]}")
     return recipe
 
 

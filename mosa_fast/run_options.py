@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from mosa_fast.command_line import fail, nearest
 from mosa_fast.config import TrainConfig
-from mosa_fast.options import check_fields, facts_of, words_of
+from mosa_fast.options import NULL, check_fields, facts_of, words_of
 from mosa_fast.recipes import ActionRecipe, load_recipe, packaged
 from mosa_fast.run_folder import RunFolder
 
@@ -45,7 +45,8 @@ def make_parser(prog: str, description: str) -> Parser:
     facts = facts_of(TrainConfig)
     for action in parser._actions:
         if action.dest in facts:
-            action.help = f"{action.help} {facts[action.dest].help}".strip()
+            words = (action.help or "").replace("None", NULL)  # what a docstring calls None
+            action.help = f"{words} {facts[action.dest].help}".strip()
     return parser
 
 

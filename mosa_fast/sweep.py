@@ -24,6 +24,7 @@ from pathlib import Path
 
 from mosa_fast.command_line import CommandParser, leave, one_line_errors
 from mosa_fast.files import write_text
+from mosa_fast.options import counted
 from mosa_fast.recipes import load_grid
 from mosa_fast.run_options import parse_options
 from mosa_fast.sweeps.arguments import Grid, find_recipes, parse_grid, parse_seeds, parse_variants
@@ -90,6 +91,8 @@ def main() -> None:
     with one_line_errors():
         if any(option.split("=")[0] == "--test" for option in options):
             raise ValueError("--test is no option of a sweep: its table is of test accuracies")
+        if arguments.grid is None and (arguments.search != "everywhere" or arguments.search_seeds):
+            raise ValueError("--search and --search-seeds are for a grid: give --grid")
         rows = make_rows(find_recipes(arguments.configs), tuple(options), parse_variants(arguments.vary))
         seeds = parse_seeds(arguments.seeds)
         grid = None if arguments.grid == [] else parse_grid(arguments.grid or [])
@@ -116,7 +119,7 @@ def main() -> None:
         print(text)
         write_text(arguments.out / TABLE, text + "\n")
     if results.failed:
-        print(f"{len(results.failed)} runs failed: {', '.join(results.failed)}", file=sys.stderr)
+        print(f"{counted(len(results.failed), 'run')} failed: {', '.join(results.failed)}", file=sys.stderr)
         leave(1)
 
 

@@ -118,6 +118,8 @@ def test_facts_stand_in_the_help(capsys):
     for option, words in (
         ("--optim.lr LR", "Peak learning rate. At least 0. (type: float"),
         ("--data.mode", "Only for vtab and gicd. (type: "),
+        ("--data.augment", "Only for folder, fgvc, gicd and timm. (type: "),
+        ("--data.shots SHOTS", "null: all of them."),
         ("--data.workers WORKERS", "At least 0. A resumed run may change it. (type: int"),
         (
             "--method",

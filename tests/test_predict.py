@@ -126,7 +126,7 @@ def test_several_runs_answer_as_each_does_alone(precision, shots, tmp_path, comm
 )
 def test_runs_that_cannot_be_served_together_are_named(changes, message, shots, digits_run, tmp_path, command):
     other = short_run(tmp_path / "other", **changes)
-    code, out, error = command(main, "--run", digits_run, "--run", other, *shots)
+    code, out, error = command(main, "--run", digits_run, "--run", other, "--format", "csv", *shots)
     assert (code, out) == (2, "")
     assert message in error
     assert str(other) in error

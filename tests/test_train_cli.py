@@ -42,7 +42,7 @@ def test_without_arguments_it_trains_on_the_embedded_default(tmp_path):
         r"test +800 images of 10 classes\n",
         r"backbone +embedded, pretrained, 32 pixels\n",
         r"trained weights +40,416 \+ head 1,930; frozen \d[\d,]+\n",
-        r"steps +1: 1 epochs of 1, 10 images each\n",
+        r"steps +1: 1 epoch of 1, batches of 10 images\n",
         r"device +\w+\n",
         r"precision +fp32\n",
     ):
@@ -128,9 +128,15 @@ def fails(capsys, *arguments, command=main):
         (["--precision=bf16-true", "--method=full"], "bf16-true needs a frozen backbone"),
         (["--cuda_graphs=true", "--device=cpu"], "cuda_graphs needs one GPU"),
         (["--device=cuda:99"], "device 'cuda:99' is not available here"),
+        (["--data.shots=None"], "data.shots must be a whole number or null, got None"),
+        (["--loss.views=3"], "loss.views must be one of 1, 2 or null, got 3"),
         (["--model.name=vit_nonsense"], "timm has no model 'vit_nonsense'"),
+        (["--model.name=test_vit.no"], "timm has no weights 'test_vit.no'; it has test_vit.r160_in1k"),
+        (["--model.name=test_vit.no", "--method=full"], "timm has no weights 'test_vit.no'; it has test_vit.r160_in1k"),
+        (["--model.name=vit_bas_patch16_224"], "timm has no model 'vit_bas_patch16_224'; it has vit_base_patch16_224,"),
         (["--data.name=folder", "--data.root=nowhere"], "no folder nowhere/train"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
+        (["--config=fgvc/cubs"], "; did you mean fgvc/cub?"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, message):
@@ -244,6 +250,7 @@ def test_help_gives_every_option_its_type_default_and_meaning(capsys):
     assert len(described) > 30
     for part in described:
         assert "(type: " in part, part
+        assert "None" not in part, part  # null is what one types
         assert "default: " in part, part
         assert len(part.split("(type:")[0].split()) > 3, part
 

@@ -5,7 +5,6 @@ Compiles them for GPUs that need not be here, counts instructions, and works out
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,11 +22,13 @@ from benchmarks.machine_code.mlp_form import mlp_rows
 from benchmarks.machine_code.plot import PLOTS
 from benchmarks.machine_code.step import Utilisation
 from benchmarks.results import publish
+from mosa_fast.command_line import CommandParser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.machine_code", description=(__doc__ or "").split("\n")[0]
+    parser = CommandParser(
+        prog="python -m benchmarks.machine_code",
+        description="What the adapter's kernels cost, by a model of their time.",
     )
     chosen = parser.add_argument_group("calls (default: all that matter)")
     chosen.add_argument("--checked", action="store_true", help="those that CI compares")
@@ -35,7 +36,7 @@ def main() -> None:
     chosen.add_argument("--width", type=int, default=768, help="of the kinds; default: %(default)s")
     chosen.add_argument("--bottleneck", type=int, default=64, help="of the kinds; default: %(default)s")
     chosen.add_argument("--images", type=int, default=IMAGES, help="of the kinds, a view; default: %(default)s")
-    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS), help="default: %(default)s")
+    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS), help="default: all")
     parser.add_argument("--workers", type=int, help="processes that compile; default: as many as there are cores")
     parser.add_argument("--write", action="store_true", help="store numbers, tables and plot in benchmarks/results")
     parser.add_argument("--compare", type=Path, metavar="FILE.json", help="exit with 1 where instructions grew by 3 %%")

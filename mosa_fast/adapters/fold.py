@@ -59,6 +59,7 @@ def fold(model: AdaptedModel, create_kwargs: Mapping[str, Any] | None = None) ->
     Raises:
         ValueError: it cannot be folded exactly; the message says why.
     """
+    next(adapters(model))  # an error where there are none
     model = unwrapped(model)  # type: ignore[assignment]
     blocks = {name: block for name, block in model.backbone.named_modules() if isinstance(block, AdaptedBlock)}
     for name, block in blocks.items():

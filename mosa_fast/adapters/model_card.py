@@ -9,6 +9,7 @@ from typing import Any
 import timm
 
 from mosa_fast.adapters.metadata import Metadata
+from mosa_fast.options import counted
 
 CLASSES_SHOWN = 20
 USE = """\
@@ -108,6 +109,7 @@ def _of_run(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     if summary.get("val_accuracy") is not None:
         rows.append(("validation accuracy", f"{summary['val_accuracy']:.2f} % (it selected the epoch)"))
     rows.append(("trained weights", f"{summary['trained_weights']:,} + head {summary['head_weights']:,}"))
-    training = f"{summary['epochs']} epochs of {optim['optimizer']}, learning rate {optim['lr']:g}, batch size "
-    rows.append(("training", f"{training}{optim['batch_size'] * summary['processes']}, {config['precision']}"))
+    training = f"{counted(summary['epochs'], 'epoch')} of {optim['optimizer']}, learning rate {optim['lr']:g}"
+    batch = optim["batch_size"] * summary["processes"]
+    rows.append(("training", f"{training}, batch size {batch}, {config['precision']}"))
     return rows

@@ -56,7 +56,7 @@ def draw_routing(blocks: list[AdaptedBlock], views: int, experts: Tensor | None,
         views, experts, seed: what the model was called with.
 
     Raises:
-        ValueError: experts has another shape.
+        ValueError: experts is no tensor of this shape.
     """
     layers = sum(block.draws for block in blocks)
     first = blocks[0].adapters()[0]
@@ -65,8 +65,9 @@ def draw_routing(blocks: list[AdaptedBlock], views: int, experts: Tensor | None,
         return draw(key, layers, views, first.config.experts)
     if experts is None:
         experts = torch.full((layers, views, 2), FIXED, dtype=torch.int32, device=key.device)
-    if experts.ndim != 3 or experts.shape[0] != layers or experts.shape[2] != 2:
-        raise ValueError(f"experts must be int32 [{layers}, V, 2], got {list(experts.shape)}")
+    if not isinstance(experts, Tensor) or experts.ndim != 3 or experts.shape[0] != layers or experts.shape[2] != 2:
+        found = list(experts.shape) if isinstance(experts, Tensor) else type(experts).__name__
+        raise ValueError(f"experts must be int32 [{layers}, V, 2], got {found}")
     return Routing(experts, draw(key, layers, 1, first.config.experts).seeds)
 
 

@@ -14,6 +14,7 @@ from mosa_fast.adapters.wrapper import unwrapped_name
 from mosa_fast.backbones.heads import classifiers
 from mosa_fast.nn import SparseProjection
 from mosa_fast.nn.mixture import MixtureLayer
+from mosa_fast.options import counted
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Summary:
     Attributes:
         parts: of the table.
         branches: of every block with adapters, by timm name, why they are computed beside its MLP (form branch); None:
-            inside the MLP's products (form mlp). See MoSAConfig.form.
+            inside the MLP's products (form mlp). See MoSAConfig.form. Empty on "meta", where nothing is computed.
         inside_from: that only for inputs of so many values (views x images x tokens x width); 0: for all.
     """
 
@@ -74,7 +75,7 @@ class Summary:
         counts = Counter(self.branches.values())
         inside = f"form mlp (for inputs of {self.inside_from:,} values or more)" if self.inside_from else "form mlp"
         forms = (inside if reason is None else f"form branch ({reason})" for reason in counts)
-        return "".join(f"; {form}: {count} blocks" for form, count in zip(forms, counts.values(), strict=True))
+        return "".join(f"; {form}: {counted(n, 'block')}" for form, n in zip(forms, counts.values(), strict=True))
 
 
 def summary(model: nn.Module) -> Summary:
@@ -97,7 +98,7 @@ def summary(model: nn.Module) -> Summary:
     branches: dict[str, str | None] = {}
     inside_from = 0
     for path, module in model.named_modules():
-        if isinstance(module, AdaptedBlock) and not module.linears:
+        if isinstance(module, AdaptedBlock) and not module.linears and not next(module.parameters()).is_meta:
             reason = branches[unwrapped_name(path).removeprefix("backbone.")] = why_branch(module)
             if reason is None and module.form == "auto":
                 inside_from = FASTER_FROM

@@ -107,7 +107,9 @@ def _read(path: Path) -> object:
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} is not a file of plain tensors, as weights_only=True reads them: {reason}") from None
-    except (SafetensorError, OSError, EOFError, RuntimeError, KeyError, ValueError) as error:
+    except KeyError:  # of an unpickler that met bytes it does not know
+        raise ValueError(f"{path} cannot be read: it is no file that torch.save wrote") from None
+    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} cannot be read: {reason}") from None
 

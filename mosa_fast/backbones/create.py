@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from typing import Any
@@ -95,11 +96,16 @@ def family(name: str) -> str:
     """Timm's module that a model comes from, as "vision_transformer".
 
     Raises:
-        ValueError: timm has no such model.
+        ValueError: timm has no such model, or not with these weights.
     """
     if not timm.is_model(name):
-        near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
-        raise ValueError(f"timm has no model {name!r}" + (f"; it has {near}, ..." if near else ""))
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models())
+        raise ValueError(f"timm has no model {name!r}" + (f"; it has {', '.join(near)}" if near else ""))
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError:
+        tags = ", ".join(timm.list_pretrained(f"{name.split('.')[0]}.*")) or "none"
+        raise ValueError(f"timm has no weights {name!r}; it has {tags}") from None
     return timm.model_entrypoint(name).__module__.rpartition(".")[2]
 
 
@@ -107,6 +113,7 @@ def input_size(config: ModelConfig) -> int:
     """Side in pixels of the images that a backbone was made for."""
     if config.name == embedded.NAME:
         return embedded.IMAGE_SIZE
+    family(config.name)
     settings = timm.get_pretrained_cfg(config.name)
     return settings.input_size[-1] if settings is not None else 224
 

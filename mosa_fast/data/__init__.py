@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mosa_fast.config import DataConfig
 from mosa_fast.data.preprocessing import IMAGENET, Preprocessing, Statistics, cropped, squashed
-from mosa_fast.options import check_choice, check_fields, facts_of
+from mosa_fast.options import check_choice, check_fields, facts_of, listed
 
 if TYPE_CHECKING:  # the command lines in this package are to start without torch
     from mosa_fast.data.parts import Splits
@@ -131,4 +131,4 @@ def _check_family(config: DataConfig) -> None:
     for option, facts in facts_of(DataConfig).items():
         is_set = getattr(config, option) != getattr(defaults, option)
         if is_set and facts.families and config.name not in facts.families:
-            raise ValueError(f"data.{option} is for {' and '.join(facts.families)}, not for {config.name}")
+            raise ValueError(f"data.{option} is for {listed(facts.families, 'and')}, not for {config.name}")

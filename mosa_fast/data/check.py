@@ -20,6 +20,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from mosa_fast.data.image_file import read_bytes, read_image
+from mosa_fast.options import counted
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -123,7 +124,8 @@ def _read(key: Any, name: str, loader: Callable[[Any], Image]) -> tuple[str | No
         error = None
     except Exception as raised:  # Pillow's decoders raise many kinds, SyntaxError among them
         verb = "read" if content is None else "decoded"
-        error = f"{name} cannot be {verb}: {getattr(raised, 'strerror', None) or raised}"
+        reason = getattr(raised, "strerror", None) or str(raised).split(" <_io.")[0]  # Pillow names the object it read
+        error = f"{name} cannot be {verb}: {reason}"
     return (None if content is None else _digest(content)), error
 
 
@@ -175,7 +177,7 @@ def main() -> None:
     report, problems = check_splits(splits)
     print("\n".join(report))
     if problems:
-        print(f"\n{len(problems)} problems:")
+        print(f"\n{counted(len(problems), 'problem')}:")
         print("\n".join(problems))
         raise SystemExit(1)
     print("nothing wrong was found")

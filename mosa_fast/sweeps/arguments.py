@@ -39,8 +39,8 @@ def find_recipes(patterns: Sequence[str]) -> dict[str, Path]:
 
 
 def parse_grid(items: Sequence[str]) -> Grid:
-    """The grid from items like "optim.lr=1e-3,5e-3"."""
-    return dict(_axis("--grid", item) for item in items)
+    """The grid from items like "optim.lr=1e-3,5e-3"; ValueError for others, and where one option is given twice."""
+    return dict(_axes("--grid", items))
 
 
 def parse_variants(groups: Sequence[Sequence[str]]) -> dict[str, Options]:
@@ -55,7 +55,7 @@ def parse_variants(groups: Sequence[Sequence[str]]) -> dict[str, Options]:
     """
     choices = []
     for items in groups:
-        axes = [_axis("--vary", item) for item in items]
+        axes = _axes("--vary", items)
         if len({len(values) for _, values in axes}) > 1:
             raise ValueError(f"--vary needs as many values for each option, got {' '.join(items)}")
         if len(set(axes[0][1])) < len(axes[0][1]):
@@ -83,8 +83,13 @@ def label(point: Options) -> str:
     return "-".join(option.removeprefix("--").replace("/", "_") for option in point)
 
 
-def _axis(flag: str, item: str) -> tuple[str, list[str]]:
-    key, _, values = item.partition("=")
-    if not key or not all(values.split(",")):
-        raise ValueError(f"{flag} must look like optim.lr=1e-3,5e-3, got {item!r}")
-    return key, values.split(",")
+def _axes(flag: str, items: Sequence[str]) -> list[tuple[str, list[str]]]:
+    axes: dict[str, list[str]] = {}
+    for item in items:
+        key, _, values = item.partition("=")
+        if not key or not all(values.split(",")):
+            raise ValueError(f"{flag} must look like optim.lr=1e-3,5e-3, got {item!r}")
+        if key in axes:
+            raise ValueError(f"{flag} gives {key} twice: write {key}={','.join(axes[key])},{values}")
+        axes[key] = values.split(",")
+    return list(axes.items())

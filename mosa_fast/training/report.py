@@ -12,6 +12,7 @@ from mosa_fast.config import TrainConfig
 from mosa_fast.data.parts import Splits, labels_of
 from mosa_fast.files import write_text
 from mosa_fast.methods import METHODS
+from mosa_fast.options import counted
 from mosa_fast.run_folder import RunFolder
 from mosa_fast.training.distributed import Ranks
 from mosa_fast.training.evaluation import Scores
@@ -76,7 +77,8 @@ def opening_table(config: TrainConfig, splits: Splits, model: nn.Module, positio
     for name, part in splits.parts():
         labels = labels_of(part)
         parts[name] = f"{len(labels):,} images of {len(set(labels))} classes"
-    each = f"{position.epochs} epochs of {position.steps_per_epoch}, {position.batch_size} images each"
+    epochs = counted(position.epochs, "epoch")
+    each = f"{epochs} of {position.steps_per_epoch}, batches of {counted(position.batch_size, 'image')}"
     rows = [
         *parts.items(),
         ("backbone", f"{config.model.name}, {start}, {config.data.image_size} pixels"),
@@ -123,7 +125,7 @@ def closing_table(summary: dict[str, Any], folder: RunFolder, weights: Path) -> 
         rows.append(("weakest classes", weakest(summary["test_classes"])))
     rows += [
         ("trained weights", f"{summary['trained_weights']:,} + head {summary['head_weights']:,}"),
-        ("time", f"{summary['seconds']:.0f} s, {summary['steps']} steps on {summary['device']}"),
+        ("time", f"{summary['seconds']:.0f} s, {counted(summary['steps'], 'step')} on {summary['device']}"),
         ("weights", str(weights)),
         ("metrics", str(folder.metrics)),
         ("summary", str(folder.summary)),
@@ -137,4 +139,4 @@ def closing_table(summary: dict[str, Any], folder: RunFolder, weights: Path) -> 
 def weakest(table: list[dict[str, Any]]) -> str:
     """The classes of a `class_table` that are recognised least, in words."""
     known = sorted((row for row in table if row["images"]), key=lambda row: row["accuracy"])
-    return ", ".join(f"{row['class']} {row['accuracy']:.0f} %" for row in known[:WEAKEST])
+    return ", ".join(f"{row['class']}: {row['accuracy']:.0f} %" for row in known[:WEAKEST])

@@ -193,9 +193,13 @@ def test_other_models_are_refused():
         mosa.adapt(make_tiny_vit(block_fn=timm.models.vision_transformer.ParallelScalingBlock))
     with pytest.raises(ValueError, match="has no adapters"):
         mosa.merge(make_tiny_vit())
+    with pytest.raises(ValueError, match="VisionTransformer has no adapters"):
+        mosa.fold(make_tiny_vit())
 
 
 def test_experts_of_the_wrong_shape_are_refused(images):
     model, _ = make_pair()
     with pytest.raises(ValueError, match=r"experts must be int32 \[3, V, 2\], got \[2, 2, 2\]"):
         model(images.double(), experts=torch.zeros(2, 2, 2, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"experts must be int32 \[3, V, 2\], got list"):
+        model(images.double(), experts=[1])

@@ -379,7 +379,7 @@ def test_the_summary_says_which_form_each_block_has(monkeypatch):
     counts = mosa.summary(model)
     assert list(counts.branches) == ["blocks.0", "blocks.1", "blocks.2"]
     assert [counts.branches[f"blocks.{number}"] is None for number in range(3)] == [True, False, True]
-    branches = "form branch (its MLP has dropout or drop-path): 1 blocks"
+    branches = "form branch (its MLP has dropout or drop-path): 1 block"
     assert f"; form mlp (for inputs of 1,000 values or more): 2 blocks; {branches}" in str(counts)
     chosen = mosa.adapt(TINY["vit"](), mosa.MoSAConfig(bottleneck=4, form="mlp"))
     assert "; form mlp: 3 blocks" in str(mosa.summary(chosen))

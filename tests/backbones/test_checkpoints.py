@@ -247,10 +247,12 @@ def test_unreadable_and_harmful_files_are_one_line(tmp_path, capsys):
     for name in ("cut.pth", "cut.npz", "cut.safetensors"):
         (tmp_path / name).write_bytes(b"PK\x03\x04 not whole")
     (tmp_path / "empty.pth").write_bytes(b"")
-    for name in ("harmful.pth", "harmful2.pth", "cut.pth", "cut.npz", "cut.safetensors", "empty.pth"):
+    (tmp_path / "text.pth").write_bytes(b"hello")
+    for name in ("harmful.pth", "harmful2.pth", "cut.pth", "cut.npz", "cut.safetensors", "empty.pth", "text.pth"):
         with pytest.raises(ValueError, match=name) as caught:
             load_checkpoint(make_tiny_vit(), tmp_path / name)
         assert "\n" not in str(caught.value)
+    assert "it is no file that torch.save wrote" in str(caught.value)
     assert "this ran" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="no checkpoint file nowhere.pth"):
         load_checkpoint(make_tiny_vit(), "nowhere.pth")

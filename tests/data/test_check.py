@@ -34,10 +34,14 @@ def test_files_that_cannot_be_read_are_found(tmp_path):
     _, problems = check(tmp_path)
     assert len(problems) == 3
     for problem, start, words in zip(
-        problems, ("train:", "val:", "test:"), ("cannot be decoded", "cannot be decoded", "cannot be read"), strict=True
+        problems,
+        ("train:", "val:", "test:"),
+        ("decoded: cannot identify image file", "cannot be decoded", "cannot be read"),
+        strict=True,
     ):
         assert problem.startswith(start)
         assert words in problem
+        assert "<" not in problem
 
 
 def test_overlaps_are_found_by_path_and_by_bytes(tmp_path):

@@ -107,7 +107,7 @@ def test_images_can_be_normalised_as_the_backbone_wants(folder):
     image = load_data(config, 16, 0, cropped(16, own)).test[0][0]
     mean, std = (torch.tensor(values)[:, None, None] for values in IMAGENET)
     assert torch.allclose(load_data(config, 16, 0).test[0][0] * std + mean, image * 0.5 + 0.5, atol=1e-6)
-    with pytest.raises(ValueError, match=r"data\.normalisation is for folder and .*, not for digits"):
+    with pytest.raises(ValueError, match=r"data\.normalisation is for folder, .* and timm, not for digits"):
         load_data(DataConfig(normalisation="backbone"), 32, 0)
 
 
@@ -134,5 +134,5 @@ def test_augmentations_change_training_images_only_and_draw_from_torch_alone(fol
     assert torch.equal(first, images(splits, 1))
     assert not torch.equal(first, images(splits, 2))
     assert not torch.equal(first, images(plain, 1))
-    with pytest.raises(ValueError, match=r"is for folder and fgvc and gicd and timm, not for vtab"):
+    with pytest.raises(ValueError, match=r"is for folder, fgvc, gicd and timm, not for vtab"):
         load_data(DataConfig(name="vtab", task="dtd", root=str(folder), **options), 16, 0)

@@ -117,5 +117,5 @@ def test_missing_gicd_files_are_one_line_that_says_how_to_get_them(tmp_path, tas
 def test_options_of_other_families_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"data\.fraction is for fgvc, not for vtab"):
         load("vtab", tmp_path, "kitti", fraction=0.1)
-    with pytest.raises(ValueError, match=r"data\.download is for fashion_mnist and gicd and timm, not for folder"):
+    with pytest.raises(ValueError, match=r"data\.download is for fashion_mnist, gicd and timm, not for folder"):
         load_data(DataConfig(name="folder", root=str(tmp_path), download=True), 16, 0)

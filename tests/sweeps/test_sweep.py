@@ -237,7 +237,7 @@ def test_failed_runs_are_listed_and_the_rest_goes_on(tmp_path, trainings, comman
     code, out, error = command(main, "--configs", "digits", "--out", tmp_path, "--grid", "optim.lr=5,1e-3")
     assert code == 1
     assert "| configs/digits | 87.00 | - | 1 |" in out
-    assert "1 runs failed: " in error
+    assert "1 run failed: " in error
     code, out, error = command(main, "--configs", "digits", "--out", tmp_path / "b", "--optim.lr=5")
     assert "| configs/digits | failed | - | 0 |" in out
 
@@ -307,6 +307,21 @@ def test_patterns_that_match_nothing_are_named(command):
     code, _, error = command(main, "--configs", "digits", "--seeds", 0)
     assert code == 2
     assert "--seeds must be at least 1, got 0" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--search", "uphill"], "--search and --search-seeds are for a grid: give --grid"),
+        (["--search-seeds", "1,2"], "--search and --search-seeds are for a grid: give --grid"),
+        (["--grid", "optim.lr=1", "optim.lr=2,3"], "--grid gives optim.lr twice: write optim.lr=1,2,3"),
+        (["--vary", "data.shots=1", "data.shots=2"], "--vary gives data.shots twice: write data.shots=1,2"),
+    ],
+)
+def test_words_that_would_mean_nothing_are_refused(tmp_path, trainings, command, words, message):
+    code, _, error = command(main, "--configs", "digits", "--out", tmp_path, *words)
+    assert (code, error) == (2, f"error: {message}\n")
+    assert not trainings
 
 
 @pytest.mark.parametrize("words", [["--test=false"], ["--test", "false"]])

@@ -54,7 +54,7 @@ def test_classes_are_told_apart_by_name_number_and_what_they_are_taken_for():
     assert table[0] == {"class": "cat", "images": 3, "accuracy": pytest.approx(200 / 3), "taken_for": {"0": 2, "1": 1}}
     assert table[1] == {"class": "dog", "images": 1, "accuracy": 100.0, "taken_for": {"1": 1}}
     assert table[2] == {"class": "owl", "images": 0, "accuracy": None, "taken_for": {}}
-    assert weakest(table) == "cat 67 %, dog 100 %"
+    assert weakest(table) == "cat: 67 %, dog: 100 %"
 
 
 @pytest.mark.parametrize("classes", [2, 41, 300])
