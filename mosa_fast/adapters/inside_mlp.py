@@ -38,7 +38,7 @@ def why_branch(block: Any, values: int | None = None) -> str | None:
         return "its configuration says so"
     if block.form == "auto" and (reason := _why_not_faster(block, values)) is not None:
         return reason
-    if not torch.compiler.is_compiling() and beyond_reverse_mode():
+    if beyond_reverse_mode():
         return OTHER_DERIVATIVES
     return why_not_inside(block)
 

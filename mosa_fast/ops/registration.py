@@ -231,6 +231,8 @@ def beyond_reverse_mode(recorded: bool = True) -> bool:
 
     recorded: autograd is to record the call. Where it is not, torch itself maps the operator over samples (vmap).
     """
+    if torch.compiler.is_compiling():
+        return False  # what a compiler traces is transformed, if at all, by its own means
     return forward_ad._current_level >= 0 or (recorded and torch._C._functorch.maybe_current_level() is not None)
 
 
