@@ -49,8 +49,8 @@ def fold(model: AdaptedModel, create_kwargs: Mapping[str, Any] | None = None) ->
 
     Args:
         model: adapted, with experts or merged; it is left as it is.
-        create_kwargs: what the timm model was made with by timm.create_model besides its name, where this timm does not
-            keep it (1.0.20 does not).
+        create_kwargs: what the timm model was made with by timm.create_model besides its name: needed where this timm
+            does not keep it (1.0.20 does not).
 
     Returns:
         The timm model, in evaluation mode and with all its weights trainable; its `create_kwargs` make the same one:
