@@ -60,7 +60,8 @@ def load_recipe(name: str | Path) -> dict[str, Any]:
     """
     recipe = _load(find_recipe(name), ())
     recipe.pop(GRID, None)
-    unknown = [option for option in flat(recipe) if option not in facts_of(TrainConfig)]
+    known = facts_of(TrainConfig)
+    unknown = [option for option in flat(recipe) if option not in known]
     if unknown:
         raise ValueError(f"{name}: there is no option {unknown[0]}")
     return recipe
