@@ -17,6 +17,15 @@ from benchmarks.results import FOLDER, LEAST_RUNS, Row, markdown_table, publish,
 from benchmarks.spec import BANKS, EVALUATIONS
 from mosa_fast.command_line import CommandParser
 
+README_ROWS = {
+    NO_ADAPTER: "without adapters",
+    "ours, reference": "**ours**",
+    "dense": "a dense adapter",
+    "paper": "the paper's way",
+    "MoSL, reference": "**ours**, low-rank pairs (MoSL)",
+    "peft, q and v": "peft's LoRA on q and v",
+    "paper, MoSL": "the paper's way of MoSL",
+}
 PAPERS = ("paper", "paper, MoSL")  # the published way of working; pairs alone are compared with the second
 
 
@@ -77,10 +86,21 @@ def table(group: Group, rows: list[Row]) -> str:
     return "\n\n".join([*parts, *([" ".join(notes)] if notes else [])])
 
 
-def summary(results: dict[str, Any]) -> str:
-    """What the README shows some of: the training steps."""
-    steps = [table(group, rows) for group, rows in groups(results).items() if group[0] in ("step", "methods")]
-    return "\n\n".join([heading(results), *steps])
+def readme_table(results: dict[str, Any]) -> str:
+    """What the README shows: of the training step, the fewest columns, and not every variant."""
+    found = next(rows for group, rows in groups(results).items() if group[0] == "step")
+    by_name, tax = timed(found), {name: time for name, time, _ in taxes(found)}
+    columns = ("a training step", "ms", "kept for backward, MiB", "adapter tax")
+    lines = [
+        [
+            words,
+            f"{by_name[name]['ms']:.0f} ({by_name[name]['low']:.0f} to {by_name[name]['high']:.0f})",
+            _number(memory(by_name[name]), "{:.0f}"),
+            _number(tax.get(name), "{:+.1%}"),
+        ]
+        for name, words in README_ROWS.items()
+    ]
+    return markdown_table(columns, lines)
 
 
 def markdown(results: dict[str, Any]) -> str:

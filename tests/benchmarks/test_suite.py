@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from benchmarks import __main__, cases, contenders, measure, ours, plain, plain_lora, plots, report, results, suite
 from benchmarks.cases import CASES, operator_work
 from benchmarks.contenders import CONTENDERS
+from benchmarks.groups import heading
 from benchmarks.spec import BANKS, CLASSES, Spec
 from benchmarks.timing import saved_memory
 from benchmarks.workbench import Workbench
@@ -307,14 +308,14 @@ def test_taxes():
         "ours, reference": (0.05, 0.02),
         "ours, reference, two views": (0.1, 0.05),
     }
-    text = report.summary(result(*rows))
+    text = report.markdown(result(*rows))
     assert "| paper | 220.00 (220.00 to 220.00) | 1.0 | 1.00 | 90 |  | +100.0% | +50.0% |" in text
 
 
 def test_pairs_are_compared_with_the_papers_way_of_pairs_and_methods_with_none():
     rows = [row("paper, MoSL", 4, case="lora"), row("MoSL, triton", 2, case="lora")]
     rows += [row("linear", 1, case="methods", state_mib=0.5), row("full", 3, case="methods", state_mib=30.0)]
-    text = report.summary(result(*rows)) + report.markdown(result(*rows))
+    text = report.markdown(result(*rows))
     assert "| MoSL, triton | 2.00 (2.00 to 2.00) | 1.0 | 2.00 |" in text
     assert "| full | 3.00 (3.00 to 3.00) | 1.0 |  | 30.0 |" in text
     assert "|  | ms (quartiles) | images/s | activations, MiB | state, MiB |" in text
@@ -393,18 +394,11 @@ def test_the_report_of_serving_says_what_its_file_says():
 def test_reports_and_readme_say_what_the_files_say():
     files = sorted(results.FOLDER.glob("suite_*.json"))
     assert files
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    tables, headings = set(), set()
     for path in files:
-        stored = results.read(path)
-        assert path.with_suffix(".md").read_text(encoding="utf-8") == report.markdown(stored)
-        heading, *parts = report.summary(stored).split("\n\n")
-        headings.add(heading)
-        tables.update(part for part in parts if part.startswith("|"))
-    shown = [part for part in readme.split("\n\n") if part.startswith("|  | ms (quartiles)")]
-    assert shown
-    assert set(shown) <= tables
-    assert any(heading in readme for heading in headings)
+        assert path.with_suffix(".md").read_text(encoding="utf-8") == report.markdown(results.read(path))
+    readme, stored = ROOT / "README.md", results.read(results.FOLDER / "suite_x86_64_cpu_vit_b.json")
+    assert report.readme_table(stored) in readme.read_text(encoding="utf-8")
+    assert heading(stored) in readme.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed", "bf16-true"])
