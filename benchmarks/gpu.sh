@@ -47,13 +47,13 @@ if command -v ncu >/dev/null; then
     stalls=$(printf ',smsp__average_warps_issue_stalled_%s_per_issue_active.ratio' \
         long_scoreboard short_scoreboard barrier wait mio_throttle lg_throttle math_pipe_throttle)
     for suite in operator gpu; do # their first operator is plain, in bfloat16, and under autocast
-        part 35 "ncu_$suite.csv" ncu --csv --kernel-name regex:'sparse_adapter|sum_' --metrics \
+        part 35 "ncu_$suite.csv" ncu --csv --clock-control none --kernel-name regex:'sparse_adapter|sum_' --metrics \
             "dram__bytes_read.sum,dram__bytes_write.sum,lts__t_bytes.sum,smsp__inst_executed.sum,gpu__time_duration.sum,launch__registers_per_thread$stalls" \
             "$python" -m benchmarks --suite "$suite" --profile
     done
 fi
 part 130 step.txt "$python" -m benchmarks --suite step --out "$out/step.json"
-part 45 tiles.txt "$python" -m benchmarks.gpu_kernels tiles --out "$out/tiles.json"
+part 60 tiles.txt "$python" -m benchmarks.gpu_kernels tiles --out "$out/tiles.json"
 part 20 products.txt "$python" -m benchmarks.gpu_kernels products --out "$out/products.json"
 
 # The CUDA C++ kernels, and with what time is left the operators against everybody else's.

@@ -94,7 +94,7 @@ def main() -> None:
         "rows": rows,
     }
     for tax in results["taxes"]:
-        print("{kind}, {architecture}: a step of {step_ms} ms, {adapters_ms} ms of adapters, {tax:.1%}".format(**tax))
+        print("{kind}, {chip}: a step of {step_ms} ms, {adapters_ms} ms of adapters, {tax:.1%}".format(**tax))
     print(files.assumptions(results))
     if options.write:
         results["mlp_form"] = list(mlp_rows(chips, utilisation))
@@ -112,13 +112,13 @@ def taxes(chip: Chip, rows: list[files.Row], utilisation: Utilisation) -> list[d
     found = files.layers(rows)
     lines = []
     for kind, precision in step.PRECISION.items():
-        first = found.get((f"{kind} fork".removeprefix("plain "), chip.architecture, 768, 64, VIEWS * IMAGES * 197))
-        layer = found.get((kind, chip.architecture, 768, 64, VIEWS * IMAGES * 197))
+        first = found.get((f"{kind} fork".removeprefix("plain "), chip.name, 768, 64, VIEWS * IMAGES * 197))
+        layer = found.get((kind, chip.name, 768, 64, VIEWS * IMAGES * 197))
         if first is None or layer is None:
             continue
         bare = step.count_step(chip, precision, IMAGES, VIEWS, utilisation).seconds
         adapters = (first[0]["layer_us"] + (step.DEPTH - 1) * layer[0]["layer_us"]) / 1e6
-        call = {"kind": kind, "precision": precision, "architecture": chip.architecture}
+        call = {"kind": kind, "precision": precision, "chip": chip.name}
         times = {"step_ms": round(bare * 1e3, 1), "adapters_ms": round(adapters * 1e3, 2)}
         lines.append(call | times | {"tax": round(adapters / bare, 4)})
     return lines
@@ -126,7 +126,7 @@ def taxes(chip: Chip, rows: list[files.Row], utilisation: Utilisation) -> list[d
 
 def _layer(rows: list[files.Row]) -> str:
     """A call's kernels, to read while others are compiled."""
-    lines = ["{kind}, {architecture}, D = {width}, r = {bottleneck}, M = {rows}".format(**rows[0])]
+    lines = ["{kind}, {chip}, D = {width}, r = {bottleneck}, M = {rows}".format(**rows[0])]
     for row in rows:
         lines.append(
             (

@@ -89,7 +89,7 @@ def rows_of(case: Case, chip: Chip) -> list[Row]:
     layer, copy = sum(row["us"] / row["layers"] for row in rows), sum(row["copy_us"] for row in rows)
     shared = {
         "kind": case.kind,
-        "architecture": chip.architecture,
+        "chip": chip.name,
         "width": case.width,
         "bottleneck": case.bottleneck,
         "rows": call.out_rows,

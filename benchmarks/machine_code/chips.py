@@ -39,6 +39,7 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip("H100", "sm_90", 132, 1.755e9, 3.0e12, 5.5e12, 50 * 2**20, tensor=2048, fma=128, shared=228 * 1024),
+        Chip("H200", "sm_90", 132, 1.755e9, 4.3e12, 5.5e12, 60 * 2**20, tensor=2048, fma=128, shared=228 * 1024),
         Chip("A100", "sm_80", 108, 1.41e9, 1.75e12, 4.0e12, 40 * 2**20, tensor=1024, fma=64, shared=164 * 1024),
     )
 }

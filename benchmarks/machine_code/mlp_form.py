@@ -45,7 +45,7 @@ def mlp_rows(chips: Iterable[Chip], utilisation: Utilisation) -> Iterator[Row]:
         times["layer_us"] = layer = sum(times.values())
         bare = count_step(chip, PRECISION[kind], images, VIEWS, utilisation).seconds
         call = mlp_call(VIEWS * images)
-        row = {"kind": kind, "architecture": chip.architecture, "width": call.width, "bottleneck": call.bottleneck}
+        row = {"kind": kind, "chip": chip.name, "width": call.width, "bottleneck": call.bottleneck}
         row |= {"rows": call.out_rows} | {name: round(seconds * 1e6, 1) for name, seconds in times.items()}
         yield row | {"tax": round(DEPTH * layer / bare, 4)}
 

@@ -18,7 +18,7 @@ def kernels(results: dict[str, Any], path: Path) -> None:
     found = layers(results["rows"])
     figure, axes = plt.subplots(1, len(WORDS), figsize=(4.2 * len(WORDS), 3.6), sharey=True, layout="constrained")
     for axis, (kind, words) in zip(axes, WORDS.items(), strict=True):
-        rows = {row["kernel"]: row for row in found[kind, "sm_90", 768, 64, 50_432]}
+        rows = {row["kernel"]: row for row in found[kind, "H100", 768, 64, 50_432]}
         for place, kernel in enumerate(PARTS.values()):
             row = rows[kernel]
             axis.bar(place, row["us"], 0.8, color="#dddddd", label="expected")

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.results import FOLDER, markdown_table
 
 RESULTS = FOLDER / "machine_code.json"
-KEY = ("kind", "architecture", "width", "bottleneck", "rows", "kernel")
+KEY = ("kind", "chip", "width", "bottleneck", "rows", "kernel")
 MOST_GROWTH = 0.03  # of a kernel's instructions
 PARTS = {  # of a layer, by the kernels that do it
     "forward": "sparse_adapter_fwd_kernel",
@@ -75,7 +75,7 @@ def compare(new: Iterable[Row], old: Iterable[Row]) -> tuple[list[str], bool]:
 
 
 def layers(rows: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
-    """The rows of each call: kind, architecture, width, bottleneck and M."""
+    """The rows of each call: kind, chip, width, bottleneck and M."""
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         found.setdefault(tuple(row[field] for field in KEY[:-1]), []).append(row)
@@ -103,16 +103,16 @@ def assumptions(results: dict[str, Any]) -> str:
 def readme_table(results: dict[str, Any]) -> str:
     """What the README shows: a layer of ViT-B/16 at M = 50,432 on an H100, and the tax of a step."""
     found = layers(results["rows"])
-    taxes = {(tax["kind"], tax["architecture"]): tax for tax in results["taxes"]}
+    taxes = {(tax["kind"], tax["chip"]): tax for tax in results["taxes"]}
     columns = ["µs a layer", *PARTS, "others", "together", "copy of the planned bytes", "ratio", "tax of a step"]
     lines = []
     for kind, words in WORDS.items():
-        rows = found[kind, "sm_90", 768, 64, 50_432]
+        rows = found[kind, "H100", 768, 64, 50_432]
         by_kernel = {row["kernel"]: row["us"] / row["layers"] for row in rows}
         parts = [by_kernel[kernel] for kernel in PARTS.values()]
         others = sum(by_kernel.values()) - sum(parts)
         layer, copy = rows[0]["layer_us"], sum(row["copy_us"] for row in rows)
-        tax = taxes.get((kind, "sm_90"))
+        tax = taxes.get((kind, "H100"))
         cells = [words, *(f"{us:.0f}" for us in (*parts, others, layer, copy)), f"{rows[0]['ratio_to_copy']:.2f}"]
         lines.append([*cells, "" if tax is None else f"{tax['tax']:.1%}"])
     return markdown_table(columns, lines)
@@ -121,11 +121,10 @@ def readme_table(results: dict[str, Any]) -> str:
 def markdown(results: dict[str, Any]) -> str:
     """Everything."""
     parts = ["# What the kernels cost, by their machine code", assumptions(results)]
-    names = {chip["architecture"]: chip["name"] for chip in results["chips"]}
     columns = ["ViT-B/16", "ms without adapters", "ms of 12 adapters", "tax"]
     lines = [
         [
-            f"{WORDS[tax['kind']]}, {names[tax['architecture']]}",
+            f"{WORDS[tax['kind']]}, {tax['chip']}",
             *(f"{tax['step_ms']:.1f}", f"{tax['adapters_ms']:.2f}", f"{tax['tax']:.1%}"),
         ]
         for tax in results["taxes"]
@@ -135,24 +134,24 @@ def markdown(results: dict[str, Any]) -> str:
         "The adapter inside the MLP's products (form mlp) is plain PyTorch, counted as the step is; µs that a layer of "
         "ViT-B at r = 64 adds to the frozen MLP's forward and backward, beside the kernels' below."
     )
-    parts.append(_mlp_table(results, names))
+    parts.append(_mlp_table(results))
     columns = ["kernel", "µs", "copy", "issue", "exposed", "L2", "DRAM", "bound by", "instructions", "registers"]
     columns += ["shared, KiB", "spilt", "programs", "at once", "waves"]
-    for (kind, architecture, width, bottleneck, m), rows in layers(results["rows"]).items():
+    for (kind, chip, width, bottleneck, m), rows in layers(results["rows"]).items():
         parts.append(
-            f"**{WORDS[kind]}, {names[architecture]}**: D = {width}, r = {bottleneck}, M = {m:,}: "
+            f"**{WORDS[kind]}, {chip}**: D = {width}, r = {bottleneck}, M = {m:,}: "
             f"{rows[0]['layer_us']:.0f} µs, {rows[0]['ratio_to_copy']:.2f} times the copy of the planned bytes"
         )
         parts.append(markdown_table(columns, [_cells(row) for row in rows]))
     return "\n\n".join(parts) + "\n"
 
 
-def _mlp_table(results: dict[str, Any], names: dict[str, str]) -> str:
+def _mlp_table(results: dict[str, Any]) -> str:
     kernels, lines = layers(results["rows"]), []
     for row in results["mlp_form"]:
         call = tuple(row[field] for field in KEY[:-1])
         times = [row[f"{name}_us"] for name in ("products", "passes", "dropout", "launches", "layer")]
-        title = f"{WORDS[row['kind']]}, {names[row['architecture']]}, M = {row['rows']:,}"
+        title = f"{WORDS[row['kind']]}, {row['chip']}, M = {row['rows']:,}"
         lines.append([title, *(f"{us:.0f}" for us in (*times, kernels[call][0]["layer_us"])), f"{row['tax']:.1%}"])
     columns = ["form mlp", "products", "passes", "dropout", "launches", "together", "kernels", "tax"]
     return markdown_table(columns, lines)

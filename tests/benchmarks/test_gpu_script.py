@@ -41,6 +41,7 @@ def test_bytes_and_stalls_are_counted_plain_and_under_autocast(ran):
     for line in filter(re.compile("^ncu").match, ran[0]):
         assert "dram__bytes_read.sum" in line
         assert "stalled_long_scoreboard" in line
+        assert "--clock-control none" in line  # by itself it sets the clocks, of a machine that others may share
         suite = SUITES[re.search(r"--suite (\w+) --profile", line)[1]]
         precisions.add(next(spec.precision for spec in suite.specs if spec.case == "operator"))
     assert precisions == {"bf16-true", "bf16-mixed"}

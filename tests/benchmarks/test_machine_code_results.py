@@ -17,7 +17,7 @@ from benchmarks.machine_code.mlp_form import count_adapted, count_frozen, mlp_ro
 
 M, D, R = 50_432, 768, 64
 ROW = {
-    **{"kind": "plain", "architecture": "sm_90", "width": D, "bottleneck": R, "rows": M, "kernel": "forward"},
+    **{"kind": "plain", "chip": "H100", "width": D, "bottleneck": R, "rows": M, "kernel": "forward"},
     **{"triton": "3.8.0", "issued_millions": 100.0},
 }
 
@@ -34,7 +34,7 @@ class TestCompare:
 
     def test_a_new_kernel_is_no_growth(self):
         lines, grown = files.compare([ROW | {"kernel": "prepare"}], [ROW])
-        assert (lines, grown) == (["plain sm_90 768 64 50432 prepare: new"], False)
+        assert (lines, grown) == (["plain H100 768 64 50432 prepare: new"], False)
 
 
 @pytest.fixture(scope="module")
@@ -46,18 +46,18 @@ class TestStoredResults:
     def test_every_call_on_every_chip_as_it_is_assumed(self, stored):
         assert stored["chips"] == json.loads(json.dumps([asdict(chip) for chip in CHIPS.values()]))
         calls = {
-            (case.kind, chip.architecture, case.width, case.bottleneck, case.images * 2 * 197)
+            (case.kind, chip.name, case.width, case.bottleneck, case.images * 2 * 197)
             for case in all_cases()
             for chip in CHIPS.values()
         }
         assert files.layers(stored["rows"]).keys() == calls
-        assert {(tax["kind"], tax["architecture"]) for tax in stored["taxes"]} == {
-            (kind, chip.architecture) for kind in step.PRECISION for chip in CHIPS.values()
+        assert {(tax["kind"], tax["chip"]) for tax in stored["taxes"]} == {
+            (kind, chip.name) for kind in step.PRECISION for chip in CHIPS.values()
         }
 
     def test_adapters_inside_the_mlp_are_as_they_are_counted_now(self, stored):
-        calls = {(row["kind"], row["architecture"], row["rows"]) for row in stored["mlp_form"]}
-        assert calls == set(product(step.PRECISION, ("sm_90", "sm_80"), (M // 2, M)))
+        calls = {(row["kind"], row["chip"], row["rows"]) for row in stored["mlp_form"]}
+        assert calls == set(product(step.PRECISION, CHIPS, (M // 2, M)))
         for row in stored["mlp_form"]:
             parts = (row[f"{name}_us"] for name in ("products", "passes", "dropout", "launches"))
             assert row["layer_us"] == pytest.approx(sum(parts), abs=0.3)

@@ -1,14 +1,19 @@
 """What `benchmarks/gpu.sh` times on a GPU, at tiny sizes in Triton's interpreter."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from benchmarks import gpu_kernels
 from benchmarks.spec import Spec
 from mosa_fast.ops import triton_tiles
+from mosa_fast.ops.triton_tiles import INTERPRETER, tile_of
 
 CPU = torch.device("cpu")
 SPEC = Spec("operator", "test_vit", 1, "fp32", tokens=5, repeats=1)  # the interpreter knows no bfloat16
+BROKEN = replace(INTERPRETER, rows=17)  # no power of two
+D, R = gpu_kernels.WIDTH, 64
 KERNELS = ["sparse_adapter_fwd_kernel", "sparse_adapter_bwd_input_kernel", "sparse_adapter_bwd_weight_kernel"]
 
 
@@ -20,8 +25,27 @@ def test_every_launch_is_timed_beside_the_model():
     assert {row["kernel"]: row["model_us"] for row in rows if row["model_us"] is not None} == {KERNELS[0]: 7.0}
 
 
+def tiles_of(*tiles):
+    return dict.fromkeys(gpu_kernels.TILES, tiles)
+
+
+def test_the_first_tile_is_the_tables():
+    streams = {"plain": torch.bfloat16, "autocast": torch.float32}
+    for (kind, kernel), tiles in gpu_kernels.TILES.items():
+        assert tiles[0] == tile_of("sparse_adapter", kernel, D, R, torch.bfloat16, "sm_90", streams[kind])
+
+
+@pytest.mark.parametrize(
+    ("name", "chips"),
+    [("NVIDIA H100 80GB HBM3", {"H100"}), ("NVIDIA H200", {"H200"}), ("NVIDIA A100-SXM4-80GB", {"A100"}), ("L4", {})],
+)
+def test_the_model_is_that_of_this_gpu(monkeypatch, name, chips):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert {row["chip"] for row in gpu_kernels.expected(CPU).values()} == set(chips)
+
+
 def test_a_tile_that_does_not_compile_does_not_stop_the_others():
-    rows = gpu_kernels.time_tiles(SPEC, "plain", CPU, candidates=(17, 16))  # no power of two
+    rows = gpu_kernels.time_tiles(SPEC, "plain", CPU, tiles_of(BROKEN, INTERPRETER))
     for kernel in KERNELS[:2]:
         failed, timed = (row for row in rows if row["kernel"] == kernel)
         assert "power of 2" in failed["reason"]
@@ -31,7 +55,7 @@ def test_a_tile_that_does_not_compile_does_not_stop_the_others():
 
 
 def test_tiles_of_which_none_compiles_have_reasons_and_no_times():
-    rows = gpu_kernels.time_tiles(SPEC, "plain", CPU, candidates=(17,))
+    rows = gpu_kernels.time_tiles(SPEC, "plain", CPU, tiles_of(BROKEN))
     assert len(rows) == 2
     assert all("reason" in row and "us" not in row for row in rows)
     assert "power of 2" in gpu_kernels.show(rows)
