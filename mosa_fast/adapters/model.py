@@ -317,7 +317,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> AdaptedModel:
     if adapted is not None:
         if adapted.mosa_config.to_dict() != metadata.config.to_dict():
             raise ValueError(f"{path} was saved with {metadata.config}, but the model has {adapted.mosa_config}")
-        if metadata.classes is not None and adapted.classes not in (None, metadata.classes):
+        if None not in (metadata.classes, adapted.classes) and list(adapted.classes or ()) != metadata.classes:
             raise ValueError(f"{path} is for {shown(metadata.classes)}, but the model is for {shown(adapted.classes)}")
     # Checked on a copy without data first, so that a file that does not fit leaves the model as it was.
     check_adapter(
