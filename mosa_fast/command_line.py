@@ -9,7 +9,7 @@ import re
 import select
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import NoReturn
@@ -39,6 +39,11 @@ def nearest(parser: argparse.ArgumentParser, message: str) -> str:
         ends = {option.rsplit(".", 1)[-1]: option for option in options}
         near = [ends[end] for end in difflib.get_close_matches(unknown.rsplit(".", 1)[-1], ends, n=1, cutoff=0.7)]
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def names_of(words: Sequence[str]) -> list[str]:
+    """The options that words of a command line give values to, by their names without dashes."""
+    return [word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")]
 
 
 @contextmanager

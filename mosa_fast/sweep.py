@@ -22,12 +22,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mosa_fast.command_line import CommandParser, leave, one_line_errors
+from mosa_fast.command_line import CommandParser, leave, names_of, one_line_errors
 from mosa_fast.files import write_text
 from mosa_fast.options import counted
 from mosa_fast.recipes import load_grid
 from mosa_fast.run_options import parse_options
-from mosa_fast.sweeps.arguments import Grid, find_recipes, names_of, parse_grid, parse_seeds, parse_variants
+from mosa_fast.sweeps.arguments import Grid, find_recipes, parse_grid, parse_seeds, parse_variants
 from mosa_fast.sweeps.runs import Start, as_process
 from mosa_fast.sweeps.sweep import SEARCHES, sweep
 from mosa_fast.sweeps.table import Row, groups, make_rows, table

@@ -81,11 +81,6 @@ def parse_seeds(text: str, flag: str = "--seeds") -> list[int] | int:
     return seeds[0]
 
 
-def names_of(words: Sequence[str]) -> list[str]:
-    """The options that words of a command line give values to."""
-    return [word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")]
-
-
 def label(point: Options) -> str:
     """What folders and tables call a point of the grid, or a variant."""
     return "-".join(option.removeprefix("--").replace("/", "_") for option in point)

@@ -332,7 +332,7 @@ def test_patterns_that_match_nothing_are_named(command):
         (["--grid", "optim.lr=1", "--search-seeds", "x"], SEEDS.format("--search-seeds")),
         (["--seed", "7"], "seed is set by --seeds: give the seeds there, as in --seeds 1,2,3"),
         (["--vary", "seed=1,2"], "seed is set by --seeds: give the seeds there, as in --seeds 1,2,3"),
-        (["--seed=7", "--grid", "optim.lr=1", "--search-seeds", "1"], "seed is set by --seeds: give the seeds there, as"),
+        (["--seed=7", "--grid", "optim.lr=1", "--search-seeds", "1"], "seed is set by --seeds: give the seeds there"),
         (["--vary", "data.shots=1", "--vary", "data.shots=2"], TWICE.format("data.shots")),
         (["--vary", "data.shots=1,2", "--data.shots=3"], TWICE.format("data.shots")),
         (["--vary", "optim.lr=1,2", "--grid", "optim.lr=3,4"], TWICE.format("optim.lr")),
