@@ -47,7 +47,7 @@ def find_recipe(name: str | Path) -> Path:
         if candidate.is_file():
             return candidate
     installed = [recipe.relative_to(packaged()).with_suffix("").as_posix() for recipe in packaged().rglob("*.yaml")]
-    near = difflib.get_close_matches(inside.with_suffix("").as_posix(), installed, n=1)
+    near = difflib.get_close_matches(inside.as_posix().removesuffix(".yaml"), installed, n=1)
     nearest = f"; did you mean {near[0]}?" if near else ""
     raise ValueError(f"no recipe {name}: neither a file nor one of those in {packaged()}{nearest}")
 

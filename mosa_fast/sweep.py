@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mosa_fast.command_line import CommandParser, leave, names_of, one_line_errors
+from mosa_fast.command_line import CommandParser, leave, names_of, one_line_errors, user_path
 from mosa_fast.files import write_text
 from mosa_fast.options import counted
 from mosa_fast.recipes import load_grid
@@ -85,8 +85,10 @@ def main() -> None:
     parser.add_argument("--engine", choices=("processes", "ray"), default="processes", help="what trains (processes)")
     parser.add_argument("--cpus", type=float, default=1, help="engine ray: CPUs that each run asks for (1)")
     parser.add_argument("--gpus", type=float, default=0, help="engine ray: GPUs that each run asks for (0)")
-    parser.add_argument("--records", type=Path, help="file of a line of JSON for every finished run; its runs are done")
-    parser.add_argument("--out", type=Path, default=Path("runs/sweep"), help="folder of the runs (runs/sweep)")
+    parser.add_argument(
+        "--records", type=user_path, help="file of a line of JSON for every finished run; its runs are done"
+    )
+    parser.add_argument("--out", type=user_path, default=Path("runs/sweep"), help="folder of the runs (runs/sweep)")
     arguments, options = parser.parse_known_args()
     with one_line_errors():
         if any(option.split("=")[0] == "--test" for option in options):

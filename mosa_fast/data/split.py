@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mosa_fast.command_line import CommandParser, one_line_errors
+from mosa_fast.command_line import CommandParser, one_line_errors, user_path
 from mosa_fast.data.image_file import find_files, is_image_name
 from mosa_fast.data.stratify import stratified_split
 from mosa_fast.files import write_text
@@ -190,9 +190,11 @@ def main() -> None:
         prog="python -m mosa_fast.data.split",
         description="Make split files (train.json, val.json, test.json) for the family fgvc, seeded and stratified.",
     )
-    parser.add_argument("images", type=Path, help="folder of class folders, or of CUB's or NABirds' images and lists")
-    parser.add_argument("--labels", type=Path, help="text file, lines '<path> <class id> [train|test]'")
-    parser.add_argument("--out", type=Path, help="folder of the split files (default: the images' folder)")
+    parser.add_argument(
+        "images", type=user_path, help="folder of class folders, or of CUB's or NABirds' images and lists"
+    )
+    parser.add_argument("--labels", type=user_path, help="text file, lines '<path> <class id> [train|test]'")
+    parser.add_argument("--out", type=user_path, help="folder of the split files (default: the images' folder)")
     parser.add_argument("--val", type=float, default=0.1, help="part of the training images for validation (0.1)")
     parser.add_argument(
         "--test", type=float, default=0.2, help="part of all images for the test, if none is given (0.2)"
