@@ -169,29 +169,33 @@ def check_trained_state(model: nn.Module, tensors: dict[str, Tensor], source: st
         elif own[name].shape != tensor.shape:
             problems.append(f"{name} is {list(tensor.shape)}, the model's is {list(own[name].shape)}")
     if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise ValueError(f"{source} does not fit this model: {shown}")
-    unwrapped = {unwrapped_name(name): timm_name for name, timm_name in names.items()}
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"{source} does not fit this model: {'; '.join(problems[:8])}{more}")
+    timm_name_of = _timm_names_of_parameters(model)
     for path, module in model.named_modules():
         if isinstance(module, SparseProjection):
-            module.check(unwrapped[unwrapped_name(f"{path}.weight")].removesuffix(".weight"), tensors)
+            module.check(timm_name_of[unwrapped_name(f"{path}.weight")].removesuffix(".weight"), tensors)
 
 
 def frozen_parameters(model: nn.Module, trained: Container[str]) -> dict[str, Tensor]:
     """The parameters of a model's backbone by timm name, without those that are `trained` (heads, as a rule)."""
-    # Checkpointing's wrapper takes itself out of the names of a state_dict, and not of parameters.
-    names = {unwrapped_name(name): timm_name for name, timm_name in timm_names(model).items()}
+    timm_name_of = _timm_names_of_parameters(model)
     parameters = model.named_parameters(remove_duplicate=False)
-    found = {names[unwrapped_name(name)]: parameter for name, parameter in parameters}
+    found = {timm_name_of[unwrapped_name(name)]: parameter for name, parameter in parameters}
     return {name: parameter for name, parameter in found.items() if name not in trained}
 
 
 def keep_training(model: nn.Module, trained: Container[str]) -> None:
     """What was trained of the backbone is trained on, and saved again: a norm, say."""
-    names = {unwrapped_name(name): timm_name for name, timm_name in timm_names(model).items()}
+    timm_name_of = _timm_names_of_parameters(model)
     for name, parameter in model.named_parameters():
-        if names[unwrapped_name(name)] in trained:
+        if timm_name_of[unwrapped_name(name)] in trained:
             parameter.requires_grad_(True)
+
+
+def _timm_names_of_parameters(model: nn.Module) -> dict[str, str]:
+    """As `timm_names`, by names without wrappers: checkpointing's takes itself out of a state_dict's names alone."""
+    return {unwrapped_name(name): timm_name for name, timm_name in timm_names(model).items()}
 
 
 def _check_backbone(model: nn.Module, tensors: dict[str, Tensor], metadata: Metadata, source: str) -> None:
