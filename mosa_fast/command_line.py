@@ -9,9 +9,10 @@ import re
 import select
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import NoReturn
 
 NEAR = 0.6  # how alike an unknown option and the one that may have been meant are
@@ -39,6 +40,16 @@ def nearest(parser: argparse.ArgumentParser, message: str) -> str:
         ends = {option.rsplit(".", 1)[-1]: option for option in options}
         near = [ends[end] for end in difflib.get_close_matches(unknown.rsplit(".", 1)[-1], ends, n=1, cutoff=0.7)]
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def user_path(text: str) -> Path:
+    """A path as people write it, with ~ for their home where the shell has left that, as in `--out=~/runs`."""
+    return Path(os.path.expanduser(text))
+
+
+def names_of(words: Sequence[str]) -> list[str]:
+    """The options that words of a command line give values to, by their names without dashes."""
+    return [word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mosa_fast.command_line import CommandParser, check_packages, one_line_errors
+from mosa_fast.command_line import CommandParser, check_packages, one_line_errors, user_path
 from mosa_fast.files import write_atomically, write_folder_atomically
 from mosa_fast.formats import FORMATS
 from mosa_fast.run_folder import RunFolder
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
         "torch.export.load; onnx: an ONNX file",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="PATH", help="what to write; an earlier export is replaced"
+        "--out", type=user_path, required=True, metavar="PATH", help="what to write; an earlier export is replaced"
     )
     options = parser.parse_args(arguments)
     with one_line_errors():

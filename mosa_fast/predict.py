@@ -50,6 +50,9 @@ def main(arguments: list[str] | None = None) -> None:
             value = getattr(options, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
+        folders = list(map(str, options.run))
+        if len(set(folders)) < len(folders):
+            raise ValueError(f"--run {max(folders, key=folders.count)} is given more than once")
         from mosa_fast.data.inputs import find_inputs
         from mosa_fast.training.finished_run import open_run
 

@@ -47,7 +47,7 @@ def find_recipe(name: str | Path) -> Path:
         if candidate.is_file():
             return candidate
     installed = [recipe.relative_to(packaged()).with_suffix("").as_posix() for recipe in packaged().rglob("*.yaml")]
-    near = difflib.get_close_matches(inside.with_suffix("").as_posix(), installed, n=1)
+    near = difflib.get_close_matches(inside.as_posix().removesuffix(".yaml"), installed, n=1)
     nearest = f"; did you mean {near[0]}?" if near else ""
     raise ValueError(f"no recipe {name}: neither a file nor one of those in {packaged()}{nearest}")
 
@@ -65,6 +65,12 @@ def load_recipe(name: str | Path) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"{name}: there is no option {unknown[0]}")
     return recipe
+
+
+def own_options(name: str | Path) -> dict[str, Any]:
+    """The options that a recipe's own file gives, by full name, without those of its bases; errors as `load_recipe`."""
+    path = find_recipe(name)
+    return flat({key: value for key, value in _read(path).items() if key not in (BASE, GRID)})
 
 
 def load_grid(name: str | Path) -> dict[str, list[Any]]:
@@ -85,6 +91,19 @@ def _load(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise ValueError(f"recipes include each other: {' -> '.join(str(file) for file in chain)}")
     if not path.is_file():
         raise ValueError(f"{above[-1]}: no base {path}")
+    own = _read(path)
+    bases = own.pop(BASE, None) or []
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ValueError(f"{path}: base must be a file name or a list of them, got {bases!r}")
+    merged: dict[str, Any] = {}
+    for base in bases:
+        merged = merge(merged, _load(path.parent / base, chain))
+    return merge(merged, own)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What one file says."""
     try:
         text = path.read_text(encoding="utf-8")
         document = yaml.compose(text, yaml.SafeLoader)
@@ -104,14 +123,7 @@ def _load(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     for section in SECTIONS & own.keys():
         if not isinstance(own[section], dict):
             raise ValueError(f"{path}: {section} must be a mapping of options, got {own[section]!r}")
-    bases = own.pop(BASE, None) or []
-    bases = [bases] if isinstance(bases, str) else bases
-    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ValueError(f"{path}: base must be a file name or a list of them, got {bases!r}")
-    merged: dict[str, Any] = {}
-    for base in bases:
-        merged = merge(merged, _load(path.parent / base, chain))
-    return merge(merged, own)
+    return own
 
 
 def _check_keys(mapping: yaml.MappingNode, path: Path, above: tuple[yaml.Node, ...] = ()) -> None:

@@ -92,15 +92,16 @@ def as_seed(seed: Tensor | int | None, device: torch.device) -> Tensor:
     """A seed as the functions here and the operators take it, int64 `[1]` or `[2]`; None: a fresh one.
 
     Raises:
-        ValueError: a tensor is not int64 of one or two elements.
+        ValueError: it is neither an int nor an int64 tensor of one or two elements.
     """
     if seed is None:
         return random_seed(device)
     if isinstance(seed, int):
         # Filled on the device: a copy from the host would make it wait.
         return torch.full((1,), seed, dtype=torch.int64, device=device)
-    if seed.dtype != torch.int64 or seed.numel() not in (1, 2):
-        raise ValueError(f"seed must be an int or int64 [1] or [2], got {seed.dtype} {list(seed.shape)}")
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() not in (1, 2):
+        found = f"{seed.dtype} {list(seed.shape)}" if isinstance(seed, Tensor) else repr(seed)
+        raise ValueError(f"seed must be an int or int64 [1] or [2], got {found}")
     return seed if seed.ndim == 1 else seed.reshape(-1)
 
 

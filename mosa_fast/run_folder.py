@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -16,23 +17,23 @@ class RunFolder:
     """Paths of a run's files, and the plain text ones' contents.
 
     Args:
-        path: the folder (`--out` of the run, `--run` afterwards); it need not exist.
+        path: the folder (`--out` of the run, `--run` afterwards), with ~ for somebody's home; it need not exist.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(os.path.expanduser(path))
 
     def __str__(self) -> str:
         return str(self.path)
 
     @property
     def config(self) -> Path:
-        """The resolved configuration, itself a recipe. Written when a run starts; read by training.finished_run."""
+        """The resolved configuration, itself a recipe. Written when a run starts; read by run_options."""
         return self.path / "config.yaml"
 
     @property
     def classes(self) -> Path:
-        """Names of the classes, by label. Written when a run starts; read by training.finished_run."""
+        """Names of the classes, by label. Written when a run starts; read by run_options."""
         return self.path / "classes.json"
 
     @property

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mosa_fast.command_line import CommandParser, leave, one_line_errors
+from mosa_fast.command_line import CommandParser, leave, names_of, one_line_errors, user_path
 from mosa_fast.files import write_text
 from mosa_fast.options import counted
 from mosa_fast.recipes import load_grid
@@ -85,18 +85,25 @@ def main() -> None:
     parser.add_argument("--engine", choices=("processes", "ray"), default="processes", help="what trains (processes)")
     parser.add_argument("--cpus", type=float, default=1, help="engine ray: CPUs that each run asks for (1)")
     parser.add_argument("--gpus", type=float, default=0, help="engine ray: GPUs that each run asks for (0)")
-    parser.add_argument("--records", type=Path, help="file of a line of JSON for every finished run; its runs are done")
-    parser.add_argument("--out", type=Path, default=Path("runs/sweep"), help="folder of the runs (runs/sweep)")
+    parser.add_argument(
+        "--records", type=user_path, help="file of a line of JSON for every finished run; its runs are done"
+    )
+    parser.add_argument("--out", type=user_path, default=Path("runs/sweep"), help="folder of the runs (runs/sweep)")
     arguments, options = parser.parse_known_args()
     with one_line_errors():
         if any(option.split("=")[0] == "--test" for option in options):
             raise ValueError("--test is no option of a sweep: its table is of test accuracies")
         if arguments.grid is None and (arguments.search != "everywhere" or arguments.search_seeds):
             raise ValueError("--search and --search-seeds are for a grid: give --grid")
-        rows = make_rows(find_recipes(arguments.configs), tuple(options), parse_variants(arguments.vary))
+        variants = parse_variants(arguments.vary)
+        rows = make_rows(find_recipes(arguments.configs), tuple(options), variants)
         seeds = parse_seeds(arguments.seeds)
         grid = None if arguments.grid == [] else parse_grid(arguments.grid or [])
-        search_seeds = parse_seeds(arguments.search_seeds) if arguments.search_seeds else None
+        search_seeds = parse_seeds(arguments.search_seeds, "--search-seeds") if arguments.search_seeds else None
+        # A search without seeds of its own takes the one that the options give.
+        seeded = arguments.seed_options if arguments.grid is None or search_seeds is not None else []
+        varied = names_of(next(iter(variants.values())))
+        check_once([*dict.fromkeys(names_of(options)), *varied], rows, grid, seeded)
         check_rows(rows, grid)
         start, processes = engine(arguments)
         try:
@@ -121,6 +128,23 @@ def main() -> None:
     if results.failed:
         print(f"{counted(len(results.failed), 'run')} failed: {', '.join(results.failed)}", file=sys.stderr)
         leave(1)
+
+
+def check_once(given: Sequence[str], rows: Sequence[Row], grid: Grid | None, seeded: Sequence[str]) -> None:
+    """Raise ValueError for an option that would mean nothing, since something else sets it after that.
+
+    Args:
+        given: names of the options of all rows, and of those that `--vary` sets.
+        rows, grid: of the sweep.
+        seeded: options that get the seeds of all runs.
+    """
+    for row in rows:
+        names = [*given, *(load_grid(row.recipe) if grid is None else grid)]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{name} is set twice, among the options, --vary and the grid: leave one of them out")
+            if name in seeded:
+                raise ValueError(f"{name} is set by --seeds: give the seeds there, as in --seeds 1,2,3")
 
 
 def check_rows(rows: Sequence[Row], grid: Grid | None) -> None:

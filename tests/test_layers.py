@@ -17,7 +17,8 @@ FOLDERS = {
 # From the bottom up. A name stands for a module, or for a package with all that is in it; the longest that fits counts.
 LAYERS = (
     # words and files of a run: no torch, no model
-    "options methods config files recipes run_folder run_lock command_line run_options answers configs assets version",
+    "options methods config files recipes run_folder run_lock command_line run_options idle_options answers configs "
+    "assets version",
     "kernels csrc",
     "ops",  # operators, which launch them
     "partition routing tensor_file",

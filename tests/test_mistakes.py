@@ -293,6 +293,24 @@ def test_a_layer_of_another_width_blames_its_input():
         SparseLoRA(8, columns=((0, 4),), rank=2)(torch.zeros(2, 3, 9), torch.zeros(2, 3, 12))
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SparseAdapter(0), "dim must be at least 1, got 0"),
+        (lambda: SparseAdapter(8.0), "dim must be a whole number, got 8.0"),
+        (lambda: SparseLoRA(0, [(0, 4)]), "in_features must be at least 1, got 0"),
+        (lambda: SparseLoRA(8, []), r"columns must be ascending ranges, none of them empty, got \[\]"),
+        (lambda: SparseLoRA(8, [(4, 2)]), r"columns must be ascending ranges, none of them empty, got \[\(4, 2\)\]"),
+        (lambda: SparseLoRA(8, [(0, 4), (2, 6)]), "columns must be ascending ranges"),
+        (lambda: SparseAdapter(8, 4)(torch.zeros(2, 3, 8), seed=1.5), r"seed must be an int or int64 .* got 1\.5"),
+        (lambda: adapt(make_tiny_vit(), {"experts": 4}), "config must be a MoSAConfig, got {'experts': 4}"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_there_is_a_view_at_least(training):
     model = adapt(make_tiny_vit(), MoSAConfig(bottleneck=2)).train(training)

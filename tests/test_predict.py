@@ -133,6 +133,11 @@ def test_runs_that_cannot_be_served_together_are_named(changes, message, shots, 
     assert error.count("\n") == 1
 
 
+def test_a_run_answers_once(shots, digits_run, command):
+    code, _, error = command(main, "--run", digits_run, "--run", digits_run, *shots)
+    assert (code, error) == (2, f"error: --run {digits_run} is given more than once\n")
+
+
 def test_nothing_to_read_is_an_empty_answer(digits_run, command, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
     assert command(main, "--run", digits_run, "--format", "json", "-") == (0, "[]\n", "")

@@ -207,6 +207,8 @@ def test_recipes_are_found_by_path_by_name_and_where_nothing_is_checked_out(tmp_
     assert load_recipe("configs/fgvc/cub.yaml") == {"seed": 1}
     with pytest.raises(ValueError, match=re.escape("no recipe fgvc/owl: neither a file nor one of those in")):
         find_recipe("fgvc/owl")
+    with pytest.raises(ValueError, match=re.escape("no recipe .: neither a file nor one of those in")):
+        find_recipe(".")
 
 
 def test_bases_are_merged_section_by_section_and_later_ones_win(tmp_path):

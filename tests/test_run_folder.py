@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 import mosa_fast
+from mosa_fast.command_line import user_path
 from mosa_fast.run_folder import RunFolder
 
 PACKAGE = Path(mosa_fast.__file__).parent
@@ -78,3 +79,10 @@ def test_a_new_run_finds_nothing_that_the_one_before_it_has_left_of_itself(tmp_p
     assert not folder.is_unfinished
     folder.start_anew()
     assert [path for path in left if path.exists()] == []
+
+
+def test_a_home_that_the_shell_has_left_as_it_is_typed_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert RunFolder("~/runs/birds").path == tmp_path / "runs" / "birds"
+    assert user_path("~/out") == tmp_path / "out"
+    assert user_path("~nobody-of-this-name/out") == Path("~nobody-of-this-name/out")

@@ -21,6 +21,7 @@ from mosa_fast.adapters.wrapper import Wrapper, unwrapped, unwrapped_name
 from mosa_fast.backbones.fingerprint import Fingerprint
 from mosa_fast.backbones.heads import classifiers
 from mosa_fast.backbones.identity import arguments_of, name_of
+from mosa_fast.data.preprocessing import Preprocessing
 from mosa_fast.nn import SparseProjection
 from mosa_fast.nn.mixture import adapters
 from mosa_fast.tensor_file import on_cpu, write_tensors
@@ -39,7 +40,8 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         path: the file; written whole or not at all.
 
     Raises:
-        ValueError: the model has no adapters, or the path is that of something else than a regular file.
+        ValueError: the model has no adapters; its `classes` are not a name for each output, or its `preprocessing` is
+            none; or the path is that of something else than a regular file.
         OSError: the file cannot be written.
     """
     model = unwrapped(model)
@@ -55,14 +57,20 @@ def metadata_of(model: Any, trained: Container[str]) -> Metadata:
     Args:
         model: adapted.
         trained: timm names of what the file holds.
+
+    Raises:
+        ValueError: its classes or preprocessing are such that nobody could load the file.
     """
+    preprocessing = getattr(model, "preprocessing", None)
+    if not isinstance(preprocessing, Preprocessing | None):
+        raise ValueError(f"model.preprocessing must be a Preprocessing or None, got {preprocessing!r}")
     return Metadata(
         next(adapters(model)).config,
         backbone=name_of(model),
         backbone_arguments=arguments_of(model),
         fingerprint=Fingerprint.of(frozen_parameters(model, trained)),
-        classes=getattr(model, "classes", None),
-        preprocessing=getattr(model, "preprocessing", None),
+        classes=_class_names(model),
+        preprocessing=preprocessing,
         versions=versions(),
     )
 
@@ -161,29 +169,33 @@ def check_trained_state(model: nn.Module, tensors: dict[str, Tensor], source: st
         elif own[name].shape != tensor.shape:
             problems.append(f"{name} is {list(tensor.shape)}, the model's is {list(own[name].shape)}")
     if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise ValueError(f"{source} does not fit this model: {shown}")
-    unwrapped = {unwrapped_name(name): timm_name for name, timm_name in names.items()}
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"{source} does not fit this model: {'; '.join(problems[:8])}{more}")
+    timm_name_of = _timm_names_of_parameters(model)
     for path, module in model.named_modules():
         if isinstance(module, SparseProjection):
-            module.check(unwrapped[unwrapped_name(f"{path}.weight")].removesuffix(".weight"), tensors)
+            module.check(timm_name_of[unwrapped_name(f"{path}.weight")].removesuffix(".weight"), tensors)
 
 
 def frozen_parameters(model: nn.Module, trained: Container[str]) -> dict[str, Tensor]:
     """The parameters of a model's backbone by timm name, without those that are `trained` (heads, as a rule)."""
-    # Checkpointing's wrapper takes itself out of the names of a state_dict, and not of parameters.
-    names = {unwrapped_name(name): timm_name for name, timm_name in timm_names(model).items()}
+    timm_name_of = _timm_names_of_parameters(model)
     parameters = model.named_parameters(remove_duplicate=False)
-    found = {names[unwrapped_name(name)]: parameter for name, parameter in parameters}
+    found = {timm_name_of[unwrapped_name(name)]: parameter for name, parameter in parameters}
     return {name: parameter for name, parameter in found.items() if name not in trained}
 
 
 def keep_training(model: nn.Module, trained: Container[str]) -> None:
     """What was trained of the backbone is trained on, and saved again: a norm, say."""
-    names = {unwrapped_name(name): timm_name for name, timm_name in timm_names(model).items()}
+    timm_name_of = _timm_names_of_parameters(model)
     for name, parameter in model.named_parameters():
-        if names[unwrapped_name(name)] in trained:
+        if timm_name_of[unwrapped_name(name)] in trained:
             parameter.requires_grad_(True)
+
+
+def _timm_names_of_parameters(model: nn.Module) -> dict[str, str]:
+    """As `timm_names`, by names without wrappers: checkpointing's takes itself out of a state_dict's names alone."""
+    return {unwrapped_name(name): timm_name for name, timm_name in timm_names(model).items()}
 
 
 def _check_backbone(model: nn.Module, tensors: dict[str, Tensor], metadata: Metadata, source: str) -> None:
@@ -195,6 +207,17 @@ def _check_backbone(model: nn.Module, tensors: dict[str, Tensor], metadata: Meta
             f"{source} was trained on another backbone: on {metadata.backbone or 'one without a name'}, and this is "
             f"{name_of(model) or 'one without a name'} with other weights in {shown(different)}"
         )
+
+
+def _class_names(model: Any) -> list[str] | None:
+    names, outputs = getattr(model, "classes", None), getattr(model, "num_classes", None)
+    if names is None:
+        return None
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"model.classes must be a list of names, by label, or None, got {str(names)[:60]}")
+    if outputs is not None and len(names) != outputs:
+        raise ValueError(f"model.classes must have {outputs} names, one for each output, got {len(names)}")
+    return list(names)
 
 
 def _check_classes(model: Any, metadata: Metadata, source: str) -> None:

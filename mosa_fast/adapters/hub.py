@@ -108,7 +108,7 @@ def _summary_of(model: nn.Module, run: RunFolder) -> dict[str, Any]:
     own = trained_state(model)
     different = sorted(own.keys() ^ tensors.keys())
     different += [name for name in own if name in tensors and not _same(own[name].detach().cpu(), tensors[name])]
-    if metadata.config != config:
+    if metadata.config.to_dict() != config.to_dict():  # what changes no result may be another
         different.insert(0, "the configuration of the adapters")
     if different:
         more = f" and {len(different) - 1} more" if len(different) > 1 else ""

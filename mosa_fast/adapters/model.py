@@ -81,7 +81,8 @@ class AdaptedModel(Wrapper):
             images: `[B, 3, H, W]`, or what else the timm model takes.
             views: number of views V when `experts` is None.
             experts: int32 `[adapters, V, 2]`, the (down, up) experts of every adapter (of every target of low-rank
-                pairs) and view; -1 is merged. None: drawn once per forward in training, merged in evaluation.
+                pairs) and view; -1 is merged. Ids are not checked, which would wait for the device: one that is out of
+                range owns nothing. None: drawn once per forward in training, merged in evaluation.
             seed: of draws and dropout: an int, or an int64 tensor as `mosa_fast.routing.step_seed` makes it. None:
                 fresh, from torch's random state.
             block_outputs: a list that receives every block's output, `[V * B, ...]`.
@@ -257,9 +258,11 @@ def adapt(model: nn.Module, config: MoSAConfig | None = None) -> AdaptedModel:
         A model around the given one.
 
     Raises:
-        ValueError: the model is of another kind, or has adapters already.
+        ValueError: the model is of another kind, or has adapters already; or the configuration is no MoSAConfig.
     """
-    config = config or MoSAConfig()
+    config = MoSAConfig() if config is None else config
+    if not isinstance(config, MoSAConfig):
+        raise ValueError(f"config must be a MoSAConfig, got {config!r}")
     if any(isinstance(module, AdaptedBlock) for module in model.modules()):
         raise ValueError("the model has adapters already; make a new one, or merge(model) and go on with that")
     found = list(find_blocks(model))
@@ -317,7 +320,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> AdaptedModel:
     if adapted is not None:
         if adapted.mosa_config.to_dict() != metadata.config.to_dict():
             raise ValueError(f"{path} was saved with {metadata.config}, but the model has {adapted.mosa_config}")
-        if metadata.classes is not None and adapted.classes not in (None, metadata.classes):
+        if None not in (metadata.classes, adapted.classes) and list(adapted.classes or ()) != metadata.classes:
             raise ValueError(f"{path} is for {shown(metadata.classes)}, but the model is for {shown(adapted.classes)}")
     # Checked on a copy without data first, so that a file that does not fit leaves the model as it was.
     check_adapter(

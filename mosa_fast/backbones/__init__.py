@@ -1,1 +1,1 @@
-"""timm backbones: making them, loading their weights, putting adapters in."""
+"""timm backbones: making them, loading their weights, and telling which one a model is."""

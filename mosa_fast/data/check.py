@@ -164,7 +164,7 @@ def _shorten(lines: list[str]) -> list[str]:
 
 def main() -> None:
     """Check the data set of a recipe; options are those of mosa_fast.train."""
-    from mosa_fast.command_line import check_packages, one_line_errors
+    from mosa_fast.command_line import check_packages, leave, one_line_errors
     from mosa_fast.data import load_data
     from mosa_fast.run_options import parse_options
 
@@ -174,13 +174,15 @@ def main() -> None:
         check_packages()
         # The size of the images does not matter here: they are decoded, not transformed.
         splits = load_data(config.data, config.data.image_size or 32, config.seed, strict=False)
-    report, problems = check_splits(splits)
-    print("\n".join(report))
+        report, problems = check_splits(splits)
+        print("\n".join(report))
+        if problems:
+            print(f"\n{counted(len(problems), 'problem')}:")
+            print("\n".join(problems))
+        else:
+            print("nothing wrong was found")
     if problems:
-        print(f"\n{counted(len(problems), 'problem')}:")
-        print("\n".join(problems))
-        raise SystemExit(1)
-    print("nothing wrong was found")
+        leave(1)
 
 
 if __name__ == "__main__":

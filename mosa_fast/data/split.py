@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mosa_fast.command_line import CommandParser, one_line_errors
+from mosa_fast.command_line import CommandParser, one_line_errors, user_path
 from mosa_fast.data.image_file import find_files, is_image_name
 from mosa_fast.data.stratify import stratified_split
 from mosa_fast.files import write_text
@@ -40,10 +40,13 @@ def make_split_files(
         Number of images by file name.
 
     Raises:
-        ValueError: a file exists already, or a class has too few images for its parts.
+        ValueError: a file exists already, an image is there twice, or a class has too few images for its parts.
     """
     paths = [path for path, _, _ in rows]
     ids = [class_id for _, class_id, _ in rows]
+    twice = next((path for path, count in Counter(paths).items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} is listed more than once: it might be trained on and tested with")
     if all(is_test is None for _, _, is_test in rows):
         _check_counts(ids, 3, "a test, a validation and a training image")
         test_part, rest = stratified_split(_integers(ids), test, seed)
@@ -76,12 +79,11 @@ def find_images(images: Path) -> list[tuple[str, int | str, bool | None]]:
     above) are used where they are: their ids, and the official test images.
 
     Raises:
-        ValueError: there is no image.
+        ValueError: there is no image, or the lists do not fit together.
     """
     for folder in (images, images.parent):
         if all((folder / name).is_file() for name in BIRD_LISTS):
-            listed, labels, is_train = (_pairs(folder / name) for name in BIRD_LISTS)
-            return [(path, int(labels[key]), is_train[key] == "0") for key, path in listed.items()]
+            return _read_bird_lists(*(folder / name for name in BIRD_LISTS))
     found = [path for path in find_files(images) if is_image_name(path)]
     names = sorted({path.parent.relative_to(images).as_posix() for path in found})
     if not found or names == ["."]:
@@ -90,6 +92,16 @@ def find_images(images: Path) -> list[tuple[str, int | str, bool | None]]:
     return [
         (path.relative_to(images).as_posix(), ids[path.parent.relative_to(images).as_posix()], None) for path in found
     ]
+
+
+def _read_bird_lists(paths: Path, labels: Path, parts: Path) -> list[tuple[str, int | str, bool | None]]:
+    """Rows by the lines "<image> <path>", "<image> <class id>" and "<image> <1 to train on, 0 to test with>"."""
+    listed, class_ids, is_train = map(_pairs, (paths, labels, parts))
+    for source, found in ((labels, class_ids), (parts, is_train)):
+        missing = next((key for key in listed if not found.get(key, "").isdigit()), None)
+        if missing is not None:
+            raise ValueError(f"{source} has no number for image {missing}, which {paths} lists")
+    return [(path, int(class_ids[key]), is_train[key] == "0") for key, path in listed.items()]
 
 
 def read_labels(path: Path) -> list[tuple[str, int | str, bool | None]]:
@@ -148,8 +160,14 @@ def _check_counts(ids: Sequence[int | str], least: int, parts: str) -> None:
 
 
 def _pairs(path: Path) -> dict[str, str]:
-    rows = (line.split(maxsplit=1) for line in _read_text(path).splitlines() if line.strip())
-    return {key: value.strip() for key, value in rows}
+    found: dict[str, str] = {}
+    for number, line in enumerate(_read_text(path).splitlines(), 1):
+        words = line.split(maxsplit=1)
+        if len(words) == 1:
+            raise ValueError(f"{path}, line {number}: expected an image and what it has, got {line!r}")
+        if words:
+            found[words[0]] = words[1].strip()
+    return found
 
 
 def _parse_fractions(text: str) -> list[float]:
@@ -172,9 +190,11 @@ def main() -> None:
         prog="python -m mosa_fast.data.split",
         description="Make split files (train.json, val.json, test.json) for the family fgvc, seeded and stratified.",
     )
-    parser.add_argument("images", type=Path, help="folder of class folders, or of CUB's or NABirds' images and lists")
-    parser.add_argument("--labels", type=Path, help="text file, lines '<path> <class id> [train|test]'")
-    parser.add_argument("--out", type=Path, help="folder of the split files (default: the images' folder)")
+    parser.add_argument(
+        "images", type=user_path, help="folder of class folders, or of CUB's or NABirds' images and lists"
+    )
+    parser.add_argument("--labels", type=user_path, help="text file, lines '<path> <class id> [train|test]'")
+    parser.add_argument("--out", type=user_path, help="folder of the split files (default: the images' folder)")
     parser.add_argument("--val", type=float, default=0.1, help="part of the training images for validation (0.1)")
     parser.add_argument(
         "--test", type=float, default=0.2, help="part of all images for the test, if none is given (0.2)"
@@ -186,6 +206,8 @@ def main() -> None:
         for name in ("val", "test"):
             if not 0.0 < getattr(arguments, name) < 1.0:
                 raise ValueError(f"--{name} must be between 0 and 1, got {getattr(arguments, name)}")
+        if arguments.seed < 0:
+            raise ValueError(f"--seed must be at least 0, got {arguments.seed}")
         if not arguments.images.is_dir():
             raise ValueError(f"no folder {arguments.images}")
         rows = read_labels(arguments.labels) if arguments.labels else find_images(arguments.images)

@@ -17,6 +17,7 @@ from mosa_fast.ops.backends import resolve_backend
 from mosa_fast.ops.call import describe, product_dtype
 from mosa_fast.ops.prepare_weights import MasterWeights, PreparedWeights, prepare_weights
 from mosa_fast.ops.reference import MERGED
+from mosa_fast.options import Facts, check_value
 from mosa_fast.routing import as_seed
 
 SCALE = DROPOUT = 0.1  # AdaptFormer's, since a layer that stands alone is an adapter beside a branch
@@ -67,6 +68,7 @@ class SparseAdapter(MixtureLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_value("dim", dim, int, Facts(low=1))
         for name, value in (("activation", activation), ("dropout", dropout)):
             if value == "auto":
                 raise ValueError(f"{name} must be given to a layer: 'auto' is for a placement in a model to choose")

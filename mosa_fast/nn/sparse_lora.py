@@ -14,6 +14,7 @@ from mosa_fast.nn.projection import SparseProjection
 from mosa_fast.ops import sparse_lora
 from mosa_fast.ops.call import describe
 from mosa_fast.ops.reference import MERGED
+from mosa_fast.options import Facts, check_value
 
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
@@ -66,6 +67,10 @@ class SparseLoRA(MixtureLayer):
             merge=merge,  # type: ignore[arg-type]
             routing=routing,  # type: ignore[arg-type]
         )
+        check_value("in_features", in_features, int, Facts(low=1))
+        ends = [0, *(end for start_and_stop in columns for end in start_and_stop)]
+        if len(ends) == 1 or ends != sorted(ends) or any(start == stop for start, stop in columns):
+            raise ValueError(f"columns must be ascending ranges, none of them empty, got {columns}")
         super().__init__(config, device, dtype)
         self.columns = tuple(columns)
         widths = [stop - start for start, stop in self.columns]

@@ -1,7 +1,7 @@
 """What the groups of `adapted_mlp` compute with, made of the weights of its adapter, and the way back for gradients.
 
-In the sums' dtype; the formulas are those of adapted_mlp_reference.py. Where a projection is
-dense, and so the same for all groups, V is 1.
+In the sums' dtype; the formulas are those of adapted_mlp_reference.py. Where a projection is dense, and so the same for
+all groups, V is 1.
 """
 
 from __future__ import annotations

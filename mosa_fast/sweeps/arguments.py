@@ -39,8 +39,11 @@ def find_recipes(patterns: Sequence[str]) -> dict[str, Path]:
 
 
 def parse_grid(items: Sequence[str]) -> Grid:
-    """The grid from items like "optim.lr=1e-3,5e-3"; ValueError for others, and where one option is given twice."""
-    return dict(_axes("--grid", items))
+    """The grid from items like "optim.lr=1e-3,5e-3"; ValueError for others, and for an option or a value twice."""
+    axes = _axes("--grid", items)
+    for key, values in axes:
+        _check_differ(f"--grid {key}", values)
+    return dict(axes)
 
 
 def parse_variants(groups: Sequence[Sequence[str]]) -> dict[str, Options]:
@@ -58,29 +61,36 @@ def parse_variants(groups: Sequence[Sequence[str]]) -> dict[str, Options]:
         axes = _axes("--vary", items)
         if len({len(values) for _, values in axes}) > 1:
             raise ValueError(f"--vary needs as many values for each option, got {' '.join(items)}")
-        if len(set(axes[0][1])) < len(axes[0][1]):
-            raise ValueError(f"--vary: the values of {axes[0][0]} must differ")
+        _check_differ(f"--vary {axes[0][0]}", axes[0][1])
         options = [[f"--{key}={value}" for value in values] for key, values in axes]
         choices.append(list(zip(*options, strict=True)))
     return {label(tuple(part[0] for part in parts)): sum(parts, ()) for parts in product(*choices)}
 
 
-def parse_seeds(text: str) -> list[int] | int:
-    """A number of seeds, or the seeds themselves from "1,2,3"."""
+def parse_seeds(text: str, flag: str = "--seeds") -> list[int] | int:
+    """A number of seeds, or the seeds themselves from "1,2,3"; ValueError, which names the flag, for anything else."""
     try:
         seeds = [int(word) for word in text.split(",") if word]
     except ValueError:
-        raise ValueError(f"--seeds must be a number of seeds, or seeds as in 1,2,3; got {text!r}") from None
+        raise ValueError(f"{flag} must be a number of seeds, or seeds as in 1,2,3; got {text!r}") from None
     if "," in text and seeds:
+        _check_differ(flag, seeds)
         return seeds
     if not seeds or seeds[0] < 1:
-        raise ValueError(f"--seeds must be at least 1, got {text}")
+        raise ValueError(f"{flag} must be at least 1, got {text}")
     return seeds[0]
 
 
 def label(point: Options) -> str:
     """What folders and tables call a point of the grid, or a variant."""
     return "-".join(option.removeprefix("--").replace("/", "_") for option in point)
+
+
+def _check_differ(what: str, values: Sequence[object]) -> None:
+    """Raise ValueError for a value that is there twice: its runs would be the same run, in one folder."""
+    twice = next((value for value in values if values.count(value) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{what} gives {twice} twice")
 
 
 def _axes(flag: str, items: Sequence[str]) -> list[tuple[str, list[str]]]:

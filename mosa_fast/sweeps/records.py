@@ -61,7 +61,7 @@ class Records:
 
     def add(self, run: Run, summary: Summary) -> None:
         """Append a run, unless it is there."""
-        if self.path is None or not run.folder.sweep.is_file():  # without a folder, it was found here
+        if self.path is None or not run.folder.is_finished:  # where its folder has no such run, it was found here
             return
         own = {"commit": run.made_by(), DIGEST: run.digest()}
         known = [record for record in self._known.get(_key(run.labels), []) if record.get(run.result) is not None]

@@ -42,13 +42,12 @@ class Run:
     labels: Mapping[str, Any] = field(default_factory=dict)
 
     def identity(self) -> dict[str, Any]:
-        """What decides the run's result; kept beside it."""
+        """What the run is asked for; kept beside it."""
         return {"recipe": load_recipe(self.recipe), "options": list(self.options)}
 
     def digest(self) -> str:
         """Of `identity`, without what changes no result: the same for two runs that end with the same numbers."""
-        essence = [without_free(load_recipe(self.recipe)), essential(self.options)]
-        return hashlib.sha256(json.dumps(essence, sort_keys=True).encode()).hexdigest()[:16]
+        return _digest(self.identity())
 
     def made_by(self) -> str | None:
         """The commit that trained it; None where that is not known."""
@@ -61,7 +60,7 @@ class Run:
             ValueError: the folder holds a run with other settings.
         """
         kept = _read(self.folder.read_sweep)
-        if kept is not None and {**kept, **self.identity()} != kept and self.folder.holds_a_run:
+        if kept is not None and self.folder.holds_a_run and _digest(kept) != self.digest():
             raise ValueError(f"{self.folder} was made with other settings: choose another --out, or remove it")
         summary = _read(self.folder.read_summary)
         return summary if kept is not None and summary is not None and summary.get(self.result) is not None else None
@@ -123,6 +122,11 @@ def without_free(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's options by full name, without those that change no result."""
     facts = facts_of(TrainConfig)
     return {name: value for name, value in flat(recipe).items() if name not in facts or not facts[name].free}
+
+
+def _digest(identity: Mapping[str, Any]) -> str:
+    essence = [without_free(identity.get("recipe", {})), essential(identity.get("options", []))]
+    return hashlib.sha256(json.dumps(essence, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _read(read: Any) -> dict[str, Any] | None:

@@ -23,6 +23,15 @@ def check_backend(config: TrainConfig, device: torch.device) -> None:
         resolve_backend(device, torch.float32, f"sparse_{adapter.method}")
 
 
+def check_loggers(config: TrainConfig) -> None:
+    """Raise ValueError where a run is to log with a package that is not there: before it replaces another one."""
+    if config.wandb is not None:
+        try:
+            import wandb  # noqa: F401
+        except ImportError:
+            raise ValueError("wandb is not installed: pip install wandb, or leave the option out") from None
+
+
 def notes(config: TrainConfig, device: torch.device) -> list[str]:
     """What will be slow, in a line each."""
     found = []

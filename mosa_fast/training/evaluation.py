@@ -19,8 +19,6 @@ from mosa_fast.training.precision import autocast, input_dtype
 from mosa_fast.training.signals import StopAsked, StopSignals
 
 BATCH_FACTOR = 4  # evaluation keeps no activations, so its batches can be larger than the steps'
-
-
 TOP = 5
 MOST_CONFUSED = 2000  # classes: with more, a table of all pairs takes too much memory, and nobody can read it
 

@@ -81,7 +81,7 @@ class Loggers:
         enabled: False: nothing is logged.
 
     Raises:
-        ValueError: Weights & Biases is asked for and not installed.
+        ValueError: Weights & Biases is asked for and does not begin a run.
     """
 
     def __init__(self, folder: RunFolder, config: dict[str, Any], position: Position, *, enabled: bool) -> None:
@@ -91,18 +91,21 @@ class Loggers:
         if not enabled:
             return
         if config["wandb"] is not None:
+            import wandb
+
+            identity = folder.wandb_id()
             try:
-                import wandb
-            except ImportError:
-                raise ValueError("wandb is not installed: pip install wandb, or leave the option out") from None
-            self.wandb = wandb.init(
-                project=config["wandb"],
-                dir=str(folder),
-                id=folder.wandb_id(),  # a resumed run goes on in the same place
-                name="-".join(folder.path.resolve().parts[-2:]),
-                resume="allow",
-                config=config,
-            )
+                self.wandb = wandb.init(
+                    project=config["wandb"],
+                    dir=str(folder),
+                    id=identity,  # a resumed run goes on in the same place
+                    name="-".join(folder.path.resolve().parts[-2:]),
+                    resume="allow",
+                    config=config,
+                )
+            except Exception as error:  # of many kinds, not all of them public: nobody is logged in, nothing answers
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise ValueError(f"Weights & Biases cannot be logged to: {reason}") from None
         if config["tensorboard"]:
             try:
                 from torch.utils.tensorboard import SummaryWriter

@@ -23,7 +23,7 @@ from mosa_fast.methods import METHODS
 from mosa_fast.run_folder import RunFolder
 from mosa_fast.run_lock import lock_folder
 from mosa_fast.training.checkpoint import Checkpoints
-from mosa_fast.training.checks import check_backend, print_notes
+from mosa_fast.training.checks import check_backend, check_loggers, print_notes
 from mosa_fast.training.distributed import join_ranks
 from mosa_fast.training.evaluation import BATCH_FACTOR, Scores, evaluate
 from mosa_fast.training.finished_run import save_trained, weights_file
@@ -86,6 +86,7 @@ def train(
         if config.cuda_graphs and (not on_gpu or ranks.world > 1):
             raise ValueError(f"cuda_graphs needs one GPU, this run has {ranks.world} process(es) on {device.type}")
         check_backend(config, device)
+        check_loggers(config)
         if progress:
             print_notes(config, device)
 

@@ -177,6 +177,32 @@ def test_other_classes_are_refused(saved):
         mosa.load_adapter(make_tiny_vit(), saved)
 
 
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (["ant", "bee"], "model.classes must have 5 names, one for each output, got 2"),
+        ([0, 1, 2, 3, 4], "model.classes must be a list of names, by label, or None, got .0, 1, 2, 3, 4."),
+        ("snail", "model.classes must be a list of names, by label, or None, got snail"),
+    ],
+)
+def test_classes_that_no_file_could_be_loaded_with_are_not_written(tmp_path, classes, message):
+    model = mosa.adapt(make_tiny_vit(), mosa.MoSAConfig(bottleneck=8))
+    model.classes = classes
+    with pytest.raises(ValueError, match=message):
+        mosa.save_adapter(model, tmp_path / "a.safetensors")
+    model.classes, model.preprocessing = None, {"image_size": 32}
+    with pytest.raises(ValueError, match="model.preprocessing must be a Preprocessing or None, got {'image_size': 32}"):
+        mosa.save_adapter(model, tmp_path / "a.safetensors")
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_classes_may_be_a_tuple(tmp_path):
+    model = mosa.adapt(make_tiny_vit(), mosa.MoSAConfig(bottleneck=8))
+    model.classes = tuple("abcde")
+    mosa.save_adapter(model, tmp_path / "a.safetensors")
+    assert mosa.load_adapter(model, tmp_path / "a.safetensors").classes == list("abcde")
+
+
 def test_files_of_the_first_version_still_load(saved, images):
     model = mosa.load_adapter(make_tiny_vit(), saved).eval()
     texts = ("backbone", "backbone_arguments", "fingerprint", "classes", "preprocessing", "versions", DIGEST)

@@ -5,6 +5,7 @@ import pytest
 from layouts import write_aircraft, write_cifar, write_fgvc, write_image, write_vtab
 
 from mosa_fast.config import DataConfig
+from mosa_fast.data import check as module
 from mosa_fast.data import load_data
 from mosa_fast.data.check import check_splits, main
 
@@ -94,6 +95,14 @@ def test_sets_in_memory_and_without_validation_images_are_checked_too(tmp_path, 
     report, problems = check(write_aircraft(tmp_path), "gicd", "aircraft", mode="final")
     assert problems == []
     assert "val" not in report.replace("trainval", "")
+
+
+def test_the_command_can_be_stopped_while_it_reads(tmp_path, command, monkeypatch):
+    def stopped(splits):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "check_splits", stopped)
+    assert command(main)[::2] == (130, "stopped before there was anything to save\n")
 
 
 def test_the_command_exits_with_what_it_found(tmp_path, command):

@@ -38,6 +38,9 @@ def test_bad_requests_are_named(tmp_path):
         make_split_files(rows({"a": 5, "b": 2}), tmp_path)
     with pytest.raises(ValueError, match="fractions must be between 0 and 1, got 3"):
         make_split_files(rows({"a": 5}), tmp_path, fractions=(3,))
+    with pytest.raises(ValueError, match=r"a/0\.jpg is listed more than once"):
+        make_split_files([*rows({"a": 5}, is_test=False), ("a/0.jpg", "a", True)], tmp_path)
+    assert not list(tmp_path.iterdir())
     make_split_files(rows({"a": 5}), tmp_path)
     with pytest.raises(ValueError, match=r"json exists; move it away"):
         make_split_files(rows({"a": 5}), tmp_path)
@@ -60,6 +63,13 @@ def test_the_official_test_images_of_cub_and_nabirds_stay_test_images(tmp_path):
     assert set(parts["test"]) == {name for number, name in numbered if number % 2 == 0}
     assert Counter(parts["train"].values()) == {1: 2, 2: 2}
     assert Counter(parts["val"].values()) == {1: 1, 2: 1}
+    for text, message in (
+        ("1 1\n", r"image_class_labels\.txt has no number for image 2, which .*images\.txt lists"),
+        ("1 1\n2\n", r"image_class_labels\.txt, line 2: expected an image and what it has, got '2'"),
+    ):
+        (tmp_path / "image_class_labels.txt").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            find_images(tmp_path / "images")
 
 
 def test_a_list_of_labels_serves_sets_with_one_folder(tmp_path):
@@ -95,6 +105,7 @@ def test_the_command_makes_a_set_that_loads(tmp_path, command):
         ([tmp_path / "nowhere"], "no folder"),
         ([tmp_path / "Images" / "Pug"], "must hold a folder of images for each class"),
         ([tmp_path / "Images", "--val", "2"], "--val must be between 0 and 1"),
+        ([tmp_path / "Images", "--seed", "-1"], "--seed must be at least 0, got -1"),
     ):
         code, _, error = command(main, *arguments)
         assert code == 2

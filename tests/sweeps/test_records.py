@@ -48,6 +48,17 @@ def test_a_record_has_the_commit_that_its_run_was_made_by(tmp_path, trainings, m
     assert [json.loads(line)["commit"] for line in lines] == ["abc", "def"]
 
 
+def test_a_record_keeps_its_commit_where_a_later_attempt_left_its_own_in_the_folder(tmp_path, trainings, monkeypatch):
+    rows, records = make_rows(find_recipes(["digits"])), tmp_path / "records.jsonl"
+    sweep(rows, [1], {}, tmp_path, records=records)
+    before = records.read_text()
+    folder = tmp_path / "configs" / "digits" / "seed1"
+    (folder / "summary.json").unlink()
+    (folder / "sweep.json").write_text((folder / "sweep.json").read_text().replace("abc", "def"))
+    sweep(rows, [1], {}, tmp_path, records=records)
+    assert (len(trainings), records.read_text()) == (1, before)
+
+
 def test_a_last_record_that_was_cut_short_is_written_again_and_other_damage_is_named(tmp_path, trainings):
     rows, records = make_rows(find_recipes(["digits"])), tmp_path / "records.jsonl"
     sweep(rows, [1, 2], {}, tmp_path, records=records)

@@ -18,6 +18,9 @@ from mosa_fast.train import main as train_main
 
 FAST = ["--data.shots=1", "--optim.epochs=1", "--optim.batch_size=10"]
 
+SEEDS = "{} must be a number of seeds, or seeds as in 1,2,3; got 'x'"
+TWICE = "{} is set twice, among the options, --vary and the grid: leave one of them out"
+
 pytestmark = pytest.mark.usefixtures("_no_git")
 
 
@@ -73,6 +76,13 @@ def test_results_of_other_settings_are_not_taken_for_these(tmp_path, trainings):
     recipe.write_text("seed: 6\n")
     with pytest.raises(ValueError, match="other settings"):
         run.summary()
+
+
+def test_options_that_change_no_result_may_be_others(tmp_path, trainings):
+    recipes = find_recipes(["digits"])
+    first = sweep(make_rows(recipes, ("--data.root", "here", "--data.workers=0")), 1, {}, tmp_path)
+    assert sweep(make_rows(recipes, ("--data.root=there",)), 1, {}, tmp_path) == first
+    assert len(trainings) == 1
 
 
 def test_a_sweep_goes_on_after_its_typo_was_mended(tmp_path, trainings):
@@ -138,7 +148,7 @@ def test_several_values_of_options_go_together_in_one_table(tmp_path, trainings,
     assert list(parse_variants([["a=1,2"], ["b=x,y"]])) == ["a=1-b=x", "a=1-b=y", "a=2-b=x", "a=2-b=y"]
     for items, message in (
         (["a=1,2", "b=1"], "as many values for each option"),
-        (["a=1,1"], "must differ"),
+        (["a=1,1"], "--vary a gives 1 twice"),
         (["a"], "--vary must look like"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -316,12 +326,31 @@ def test_patterns_that_match_nothing_are_named(command):
         (["--search-seeds", "1,2"], "--search and --search-seeds are for a grid: give --grid"),
         (["--grid", "optim.lr=1", "optim.lr=2,3"], "--grid gives optim.lr twice: write optim.lr=1,2,3"),
         (["--vary", "data.shots=1", "data.shots=2"], "--vary gives data.shots twice: write data.shots=1,2"),
+        (["--vary", "data.shots=1,2,1"], "--vary data.shots gives 1 twice"),
+        (["--grid", "optim.lr=1,1"], "--grid optim.lr gives 1 twice"),
+        (["--seeds", "3,1,3"], "--seeds gives 3 twice"),
+        (["--grid", "optim.lr=1", "--search-seeds", "x"], SEEDS.format("--search-seeds")),
+        (["--seed", "7"], "seed is set by --seeds: give the seeds there, as in --seeds 1,2,3"),
+        (["--vary", "seed=1,2"], "seed is set by --seeds: give the seeds there, as in --seeds 1,2,3"),
+        (["--seed=7", "--grid", "optim.lr=1", "--search-seeds", "1"], "seed is set by --seeds: give the seeds there"),
+        (["--vary", "data.shots=1", "--vary", "data.shots=2"], TWICE.format("data.shots")),
+        (["--vary", "data.shots=1,2", "--data.shots=3"], TWICE.format("data.shots")),
+        (["--vary", "optim.lr=1,2", "--grid", "optim.lr=3,4"], TWICE.format("optim.lr")),
+        (["--optim.lr", "1", "--grid", "optim.lr=3,4"], TWICE.format("optim.lr")),
     ],
 )
 def test_words_that_would_mean_nothing_are_refused(tmp_path, trainings, command, words, message):
     code, _, error = command(main, "--configs", "digits", "--out", tmp_path, *words)
-    assert (code, error) == (2, f"error: {message}\n")
+    assert (code, error.count("\n")) == (2, 1)
+    assert error.startswith(f"error: {message}")
     assert not trainings
+
+
+def test_a_search_without_seeds_of_its_own_takes_the_seed_that_is_given(tmp_path, trainings, command):
+    words = ("--grid", "optim.lr=1e-3", "--seed", 0, "--seeds", "7,8")
+    code, _, error = command(main, "--configs", "digits", "--out", tmp_path, *words)
+    assert code == 0, error
+    assert [call.get("seed", "0") for call in trainings] == ["0", "7", "8"]
 
 
 @pytest.mark.parametrize("words", [["--test=false"], ["--test", "false"]])

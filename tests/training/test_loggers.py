@@ -63,6 +63,15 @@ def test_every_line_shows_the_speed_since_the_line_before(clock, capsys):
     assert re.findall(r"images/s (\d+)", capsys.readouterr().err) == ["16", "16"]
 
 
+def test_what_weights_and_biases_has_against_a_run_is_one_line(tmp_path, monkeypatch):
+    def init(**settings):
+        raise RuntimeError("api_key not configured\nand more")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    with pytest.raises(ValueError, match=r"^Weights & Biases cannot be logged to: api_key not configured$"):
+        Loggers(RunFolder(tmp_path), {"wandb": "here", "tensorboard": False}, Position(8, 8, 1), enabled=True)
+
+
 def test_a_run_is_one_at_weights_and_biases_however_its_folder_is_called(tmp_path, monkeypatch):
     started = []
     stub = types.SimpleNamespace(init=lambda **settings: started.append(settings))

@@ -12,6 +12,7 @@ from mosa_fast.backbones.embedded import create_embedded
 from mosa_fast.config import DataConfig, LossConfig, MoSAConfig, OptimConfig, TrainConfig
 from mosa_fast.data import load_data
 from mosa_fast.data.preprocessing import Statistics, squashed
+from mosa_fast.run_folder import RunFolder
 from mosa_fast.training.distributed import pick_device
 from mosa_fast.training.evaluation import Scores
 from mosa_fast.training.loop import train
@@ -124,4 +125,5 @@ def test_numbers_go_to_tensorboard_and_to_wandb(tmp_path, monkeypatch):
     ]
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="wandb is not installed"):
-        train(tiny_run(tmp_path / "other", wandb="here"), progress=False)
+        train(tiny_run(tmp_path, wandb="here"), progress=False, overwrite=True)
+    assert RunFolder(tmp_path).is_finished  # what was there is not lost for that

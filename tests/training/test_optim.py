@@ -1,7 +1,8 @@
 import math
 
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mosa_fast.training.optim import make_optimizer, make_schedule
 
@@ -39,3 +40,35 @@ def test_warm_up_is_per_step_and_never_zero_then_cosine_to_zero():
     for step in range(4, 20):
         assert math.isclose(rates[step], 0.5 * (1 + math.cos(math.pi * (step - 4) / 16)))
     assert math.isclose(optimizer.param_groups[0]["lr"], 0.0, abs_tol=1e-12)
+
+
+def resumed(before: bool, after: bool, device: str = "cpu") -> torch.optim.Optimizer:
+    """An optimizer, graphed or not, that went on from a checkpoint of one that was graphed or not, after two steps."""
+    model = nn.Linear(2, 2)
+    old = make_optimizer(model, 1.0, 0.0, graphed=before)
+    schedule = make_schedule(old, steps=20, warmup_steps=4)
+    for _ in range(2):
+        model(torch.ones(1, 2)).sum().backward()
+        old.step()
+        schedule.step()
+    new = make_optimizer(nn.Linear(2, 2, device=device), 1.0, 0.0, graphed=after)
+    new.load_state_dict(old.state_dict())
+    return new
+
+
+def test_a_resumed_graph_reads_its_learning_rate_on_the_device_of_its_weights():
+    """On the CPU, where a checkpoint has it, the rate of the captured step would be that of all later ones."""
+    groups = resumed(True, True, device="meta").param_groups
+    assert {group["lr"].device.type for group in groups} == {"meta"}
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_resumed_run_may_begin_and_cease_to_capture_graphs(before):
+    for group in resumed(before, True).param_groups:
+        assert isinstance(group["lr"], Tensor)
+        assert group["lr"].item() == 0.75
+        assert group["capturable"]
+    for group in resumed(before, False).param_groups:
+        assert group["lr"] == 0.75
+        assert not isinstance(group["lr"], Tensor)
+        assert not group["capturable"]

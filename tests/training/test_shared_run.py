@@ -37,6 +37,12 @@ def test_a_model_in_another_precision_is_still_the_runs(run, tmp_path, dtype):
     assert "| training |" in (tmp_path / "README.md").read_text()
 
 
+def test_a_model_that_is_computed_in_another_form_is_still_the_runs(run, tmp_path):
+    model = mosa.adapt(create_embedded(10, pretrained=True), mosa.MoSAConfig(bottleneck=4, form="branch"))
+    mosa.load_adapter(model, run / "adapter.safetensors").save_pretrained(tmp_path, run=run)
+    assert "| training |" in (tmp_path / "README.md").read_text()
+
+
 def test_numbers_of_a_run_that_trained_another_model_are_refused_and_nothing_is_written(run, tmp_path):
     changed = mosa.AdaptedModel.from_pretrained(run)
     changed.blocks[1].adapter.up.weight.data[0, 0] += 1
