@@ -62,6 +62,10 @@ def one_line_errors() -> Iterator[None]:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             leave(128 + signal.SIGPIPE)
         fail(describe(error))
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("mosa_fast."):
+            raise
+        fail(f"mosa_fast runs where it is installed, since {error.name} lies beside it: pip install -e .")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise

@@ -2,12 +2,15 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import mosa_fast
-from mosa_fast import info
+from mosa_fast import info, train
 from mosa_fast.__main__ import COMMANDS, describe, main
 from mosa_fast.data import check
 
@@ -50,6 +53,15 @@ def test_only_training_resumes_and_overwrites(command):
     for program in (check, info):
         code, _, error = command(program.main, "--resume")
         assert (code, error) == (2, "error: unrecognized arguments: --resume\n"), program
+
+
+@pytest.mark.parametrize(("program", "part"), [(train, "configs"), (info, "csrc")])
+def test_a_checkout_that_is_not_installed_says_so(command, monkeypatch, program, part):
+    """What lies beside the package becomes a part of it when it is installed."""
+    monkeypatch.setitem(sys.modules, f"mosa_fast.{part}", None)
+    code, _, error = command(program.main)
+    assert code == 2
+    assert re.fullmatch(rf"error: mosa_fast runs where .*mosa_fast\.{part} .*: pip install -e \.\n", error)
 
 
 def test_text_is_written_in_utf8_whatever_the_locale():

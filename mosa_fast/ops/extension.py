@@ -8,12 +8,12 @@ mismatch is seen without loading the file.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
 from collections.abc import Mapping
 from functools import lru_cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,8 @@ def built() -> bool:
 
 def installed() -> Path | None:
     """The file that setup.py built, for whichever torch; one for this torch comes first."""
-    files = [path for path in _folder().glob(f"{PREFIX}*") if path.suffix in (".so", ".pyd")]
-    return min(files, key=lambda path: not path.name.startswith(f"{file_stem()}."), default=None)
+    found = [path for path in _folder().glob(f"{PREFIX}*") if path.suffix in (".so", ".pyd")]
+    return min(found, key=lambda path: not path.name.startswith(f"{file_stem()}."), default=None)
 
 
 @lru_cache
@@ -160,10 +160,7 @@ def _cached() -> Path:
 
 
 def _folder() -> Path:
-    spec = importlib.util.find_spec("mosa_fast.csrc")
-    assert spec is not None
-    assert spec.origin is not None  # it has an __init__.py
-    return Path(spec.origin).parent
+    return Path(str(files("mosa_fast.csrc")))
 
 
 def _tag() -> str:
