@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # What needs a GPU, in one call of at most 9 minutes: benchmarks/gpu.sh FOLDER
 # (all but the whole suite's times, which are a call of their own: python -m benchmarks --suite gpu)
-# First whether the kernels are right, then what they cost. Leaves at most 14 small files there; a part that fails or
-# runs out of its time does not stop the others.
+# First whether the kernels are right, then what they cost. Leaves some twenty small files there, and all of them in
+# FOLDER.tar.gz to be carried away; a part that fails or runs out of its time does not stop the others.
 set -u
 out=${1:?usage: benchmarks/gpu.sh FOLDER}
 mkdir -p "$out"
@@ -39,7 +39,7 @@ if command -v compute-sanitizer >/dev/null; then
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool \$tool --error-exitcode 9 \
             '$python' -m pytest tests/gpu -q -k 'sanitized and not cuda' || exit; done"
 fi
-part 120 tests_triton.txt "$python" -m pytest tests/gpu -q --durations=10 -k "not sanitized and not cuda"
+part 120 tests_triton.txt "$python" -m pytest tests/gpu/test_on_gpu.py -q --durations=10 -k "not sanitized and not cuda"
 
 # What they cost: each kernel beside the model, as it is and with other tiles; bytes and stalls; a training step.
 part 40 kernels.txt "$python" -m benchmarks.gpu_kernels kernels --out "$out/kernels.json"
@@ -56,8 +56,10 @@ part 130 step.txt "$python" -m benchmarks --suite step --out "$out/step.json"
 part 60 tiles.txt "$python" -m benchmarks.gpu_kernels tiles --out "$out/tiles.json"
 part 20 products.txt "$python" -m benchmarks.gpu_kernels products --out "$out/products.json"
 
-# The CUDA C++ kernels, and with what time is left the operators against everybody else's.
+# The CUDA C++ kernels, and with what time is left whole runs, and the operators against everybody else's.
 wait "$extension"
-part 60 tests_cuda.txt "$python" -m pytest tests/gpu -q --durations=10 -k "cuda and not sanitized"
+part 60 tests_cuda.txt "$python" -m pytest tests/gpu/test_on_gpu.py -q --durations=10 -k "cuda and not sanitized"
+part 60 tests_training.txt "$python" -m pytest tests/gpu/test_training.py -q --durations=10
 part 160 operator.txt "$python" -m benchmarks --suite operator --out "$out/operator.json"
-ls -l "$out"
+tar -czf "$out.tar.gz" -C "$out" .
+ls -l "$out" "$out.tar.gz"

@@ -23,6 +23,11 @@ def test_the_layer_needs_neither_timm_nor_a_gpu():
     assert out.strip() == "[] False"
 
 
+def test_a_training_from_code_needs_no_parser_of_options():
+    out = run("import sys; sys.modules['jsonargparse'] = None; from mosa_fast.training.loop import train; print(train)")
+    assert "function train" in out
+
+
 def test_every_public_name_exists():
     import mosa_fast
 

@@ -17,7 +17,6 @@ from mosa_fast.config import TrainConfig
 from mosa_fast.data.preprocessing import Preprocessing
 from mosa_fast.methods import METHODS
 from mosa_fast.run_folder import RunFolder
-from mosa_fast.run_options import read_run
 from mosa_fast.tensor_file import read_tensors, write_tensors
 from mosa_fast.training.distributed import pick_device
 from mosa_fast.training.model import build_model
@@ -99,6 +98,8 @@ def open_run(folder: RunFolder, device: str | None = None) -> FinishedRun:
         ValueError: it is not the folder of a run, the run is not finished, its files cannot be read, or there is no
             such device.
     """
+    from mosa_fast.run_options import read_run  # with jsonargparse, which a training from code does without
+
     config, classes = read_run(folder)
     weights = weights_file(folder, config.method)
     if not folder.is_finished or not weights.is_file():
