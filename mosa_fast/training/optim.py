@@ -35,14 +35,12 @@ def make_optimizer(
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": biases, "weight_decay": 0.0}]
     if optimizer == "sgd":
         return SGD(groups, lr=lr, momentum=MOMENTUM, fused=True)
-    if graphed:
-        for group in groups:
-            # The schedule multiplies initial_lr: as a number, so that setting a rate does not wait for the device.
-            group |= {"lr": torch.full((), lr, device=(decayed + biases)[0].device), "initial_lr": lr}
     adamw = AdamW(groups, lr=lr, betas=BETAS, eps=EPS, fused=True, capturable=graphed)
+    keep_rates = _rates_for_graphs if graphed else _rates_for_steps
+    keep_rates(adamw)
     # A checkpoint has a tensor on the CPU, whose value of then a graph would repeat for ever, or it has none: a resumed
     # run may have changed whether it captures graphs.
-    adamw.register_load_state_dict_post_hook(_rates_for_graphs if graphed else _rates_for_steps)
+    adamw.register_load_state_dict_post_hook(keep_rates)
     return adamw
 
 
@@ -50,7 +48,10 @@ def _rates_for_graphs(optimizer: torch.optim.Optimizer) -> None:
     """Keep learning rates where a graph reads them anew."""
     device = next(p.device for group in optimizer.param_groups for p in group["params"])
     for group in optimizer.param_groups:
-        group |= {"lr": torch.full((), float(group["lr"]), device=device), "capturable": True}
+        lr = float(group["lr"])
+        # The schedule multiplies initial_lr: as a number, so that setting a rate does not wait for the device.
+        group.setdefault("initial_lr", lr)
+        group |= {"lr": torch.full((), lr, device=device), "capturable": True}
 
 
 def _rates_for_steps(optimizer: torch.optim.Optimizer) -> None:

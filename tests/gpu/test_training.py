@@ -13,8 +13,11 @@ from mosa_fast.training.step import GraphedStep
 
 pytestmark = pytest.mark.gpu
 # 8 steps of 8 images and one of 6 in an epoch: the first are taken before the capture, those of 6 never captured.
-SETTINGS = {"device": "cuda", "data": DataConfig(shots=7, image_size=32), "tensorboard": False}
-SETTINGS["optim"] = OptimConfig(lr=5e-3, epochs=2, warmup_epochs=0, batch_size=8)
+SETTINGS = {
+    "device": "cuda",
+    "data": DataConfig(shots=7, image_size=32),
+    "optim": OptimConfig(lr=5e-3, epochs=2, warmup_epochs=0, batch_size=8),
+}
 TOLERANCE = 1e-2  # AdamW makes a whole step of a gradient that is nothing but roundings
 CAPTURED = SETTINGS | {"cuda_graphs": True}
 
