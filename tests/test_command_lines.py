@@ -13,6 +13,7 @@ import mosa_fast
 from mosa_fast import info, train
 from mosa_fast.__main__ import COMMANDS, describe, main
 from mosa_fast.data import check
+from mosa_fast.ops import backends
 
 PACKAGE = Path(mosa_fast.__file__).parent
 HELP = """
@@ -59,6 +60,7 @@ def test_only_training_resumes_and_overwrites(command):
 def test_a_checkout_that_is_not_installed_says_so(command, monkeypatch, program, part):
     """What lies beside the package becomes a part of it when it is installed."""
     monkeypatch.setitem(sys.modules, f"mosa_fast.{part}", None)
+    backends._unavailable_reason.cache_clear()  # what an earlier test has found out
     code, _, error = command(program.main)
     assert code == 2
     assert re.fullmatch(rf"error: mosa_fast runs where .*mosa_fast\.{part} .*: pip install -e \.\n", error)
